@@ -1,0 +1,68 @@
+"""What has to be said to JAX before it starts: how much device memory it may take, where to cache.
+
+JAX reserves three quarters of a GPU when its backend first starts. An engine sizes its own pool, so
+the package asks for no preallocation and a high ceiling; that only works before the backend starts.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_ALLOCATOR_DEFAULTS = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.97",
+}
+
+
+def set_allocator_limits() -> None:
+    """Sets the GPU allocator's limits unless the user has, and warns where it comes too late."""
+    import sys
+
+    missing = {k: v for k, v in _ALLOCATOR_DEFAULTS.items() if k not in os.environ}
+    if not missing:
+        return
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    if bridge is not None and bridge.backends_are_initialized():
+        import jax
+
+        if jax.default_backend() == "gpu":
+            logger.warning(
+                "JAX had started before jpaged was imported, so its own memory limits hold: import "
+                "jpaged first, or set %s",
+                " ".join(f"{k}={v}" for k, v in missing.items()),
+            )
+        return
+    os.environ.update(missing)
+
+
+def default_cache_dir() -> Path:
+    """Where compiled programs are kept between runs: `$XDG_CACHE_HOME/jpaged/xla`."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "jpaged" / "xla"
+
+
+def set_compilation_cache(cache_dir: str | None) -> str | None:
+    """Switches JAX's persistent compilation cache on and returns its directory.
+
+    Args:
+        cache_dir: A directory; "auto" for the one JAX has already been given, else the default
+            one; None leaves the cache off.
+    """
+    import jax
+
+    if cache_dir is None:
+        return None
+    if cache_dir == "auto":
+        cache_dir = jax.config.jax_compilation_cache_dir or str(default_cache_dir())
+    try:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logger.warning("no compilation cache: cannot create %s (%s)", cache_dir, error.strerror)
+        return None
+    jax.config.update("jax_compilation_cache_dir", cache_dir)
+    # Every program of the plan is worth keeping, however quick its compilation.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return cache_dir

@@ -1,0 +1,1 @@
+"""HTTP serving, the client of an engine process and scale-out. Nothing of it is there yet."""
