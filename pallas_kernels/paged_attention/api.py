@@ -1,0 +1,97 @@
+"""The public attention function: checks, choice of implementation, call."""
+
+from jaxtyping import Array, Float, Int32
+
+from jpaged.pallas_kernels import registry
+from jpaged.pallas_kernels.paged_attention import reference, xla
+
+_IMPLEMENTATIONS = {
+    "xla": xla.paged_attention,
+    "reference": reference.paged_attention,
+}
+
+
+def paged_attention(
+    q: Float[Array, "num_tokens num_heads head_dim"],
+    pool: Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"],
+    block_tables: Int32[Array, "num_seqs max_blocks"],
+    seq_lens: Int32[Array, " num_seqs"],
+    query_start_loc: Int32[Array, " num_seqs_plus_1"],
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    max_query_len: int | None = None,
+    implementation: registry.Implementation | None = None,
+) -> Float[Array, "num_tokens num_heads head_dim"]:
+    """Causal attention of a ragged batch over the blocks its sequences own.
+
+    The queries of sequence `s` are rows `query_start_loc[s]:query_start_loc[s + 1]`; they are the
+    last tokens of a context of `seq_lens[s]` tokens whose K and V are already in the pool. Decode
+    rows and chunks of prefill may be mixed in any order. Rows that belong to no sequence come out
+    as zeros. After section 4.3 of the PagedAttention paper.
+
+    Args:
+        q: Queries, flat over the batch.
+        pool: The layer's block pool, see `kv_cache_layout`.
+        block_tables: Physical block ids in order; entries past a sequence's end may hold any valid
+            block id (the null block by convention).
+        seq_lens: Context lengths in tokens, this step's tokens included; 0 for an empty row.
+        query_start_loc: Prefix sum of the query lengths.
+        scale: Factor of the logits; `head_dim ** -0.5` if None.
+        sliding_window: A query sees this many tokens, itself included; all if None.
+        soft_cap: Logits become `soft_cap * tanh(logits / soft_cap)`.
+        max_query_len: Static upper bound of a query length, if known; 1: every row decodes.
+        implementation: A name never falls back; None chooses.
+
+    Raises:
+        ValueError: Shapes or options contradict each other.
+        NotImplementedError: The implementation asked for cannot serve the problem.
+    """
+    _check(q, pool, block_tables, seq_lens, query_start_loc, scale, sliding_window, soft_cap)
+    if max_query_len is not None and max_query_len < 1:
+        raise ValueError(f"max_query_len must be at least 1, got {max_query_len}")
+    name = registry.choose("paged_attention", implementation, {"xla": list, "reference": list})
+    return _IMPLEMENTATIONS[name](
+        q,
+        pool,
+        block_tables,
+        seq_lens,
+        query_start_loc,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        max_query_len=max_query_len,
+    )
+
+
+def _check(q, pool, block_tables, seq_lens, query_start_loc, scale, sliding_window, soft_cap):
+    if q.ndim != 3 or pool.ndim != 5 or block_tables.ndim != 2:
+        raise ValueError(
+            "q, pool and block_tables must have 3, 5 and 2 axes, "
+            f"got {q.shape=}, {pool.shape=}, {block_tables.shape=}"
+        )
+    if pool.shape[1] != 2 or pool.shape[4] != q.shape[2]:
+        raise ValueError(
+            "pool must be [num_blocks, 2, num_kv_heads, block_size, head_dim] with q's head_dim, "
+            f"got {q.shape=}, {pool.shape=}"
+        )
+    if q.shape[1] % pool.shape[2]:
+        raise ValueError(
+            "num_heads must be a multiple of num_kv_heads, "
+            f"got num_heads={q.shape[1]}, num_kv_heads={pool.shape[2]}"
+        )
+    if q.dtype != pool.dtype:
+        raise ValueError(f"q and pool must have one dtype, got {q.dtype} and {pool.dtype}")
+    num_seqs = block_tables.shape[0]
+    if seq_lens.shape != (num_seqs,) or query_start_loc.shape != (num_seqs + 1,):
+        raise ValueError(
+            "seq_lens must be [num_seqs] and query_start_loc [num_seqs + 1], "
+            f"got {block_tables.shape=}, {seq_lens.shape=}, {query_start_loc.shape=}"
+        )
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window must be at least 1, got {sliding_window}")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap must be positive, got {soft_cap}")
