@@ -1,0 +1,127 @@
+"""The parts that the families share: linear, norm, attention over the block pool, gated MLP.
+
+Weights are stored [in, out]: measured on CPU, `x @ w` is faster that way as soon as a batch has
+two tokens. Every matmul accumulates in float32; float32 weights are multiplied in full float32 on
+every device, never in a shorter format.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jpaged.models.attention import AttentionMetadata
+from jpaged.models.config import ModelConfig
+from jpaged.models.rope import Rope, rotate
+from jpaged.pallas_kernels import paged_attention, write_kv
+
+
+def matmul(x: Array, w: Array, *, contract: tuple[int, int] = (1, 0)) -> Array:
+    """Returns f32 `x @ w`, contracting the given axis of each."""
+    precision = jax.lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x,
+        w,
+        (((contract[0],), (contract[1],)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+class Linear(nnx.Module):
+    """A projection `x @ kernel (+ bias)`."""
+
+    def __init__(self, size_in: int, size_out: int, *, bias: bool, dtype: jax.typing.DTypeLike):
+        self.kernel = nnx.Param(jnp.zeros((size_in, size_out), dtype))
+        self.bias = nnx.Param(jnp.zeros((size_out,), dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "num_tokens size_in"]) -> Float[Array, "num_tokens out"]:
+        """Returns the projection of x, in x's dtype."""
+        out = matmul(x, self.kernel[...])
+        if self.bias is not None:
+            out = out + self.bias[...].astype(jnp.float32)[None, :]
+        return out.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square norm over the last axis; the mean is taken in float32."""
+
+    def __init__(self, size: int, *, eps: float, dtype: jax.typing.DTypeLike):
+        self.weight = nnx.Param(jnp.zeros((size,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*rows size"]) -> Float[Array, "*rows size"]:
+        """Returns x normalised, in x's dtype."""
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        weight = self.weight[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        return x32.astype(x.dtype) * weight
+
+
+class Embedding(nnx.Module):
+    """A table of one row a token: the input embedding, or the output projection."""
+
+    def __init__(self, vocab_size: int, size: int, *, dtype: jax.typing.DTypeLike):
+        self.weight = nnx.Param(jnp.zeros((vocab_size, size), dtype))
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention that writes to and reads from one layer's block pool."""
+
+    def __init__(
+        self, config: ModelConfig, *, sliding_window: int | None, dtype: jax.typing.DTypeLike
+    ):
+        size = config.num_heads * config.head_dim
+        self.qkv_proj = Linear(
+            config.hidden_size, config.qkv_size, bias=config.qkv_bias, dtype=dtype
+        )
+        self.o_proj = Linear(size, config.hidden_size, bias=config.o_bias, dtype=dtype)
+        norm = functools.partial(RMSNorm, config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
+        self.q_norm = norm() if config.qk_norm else None
+        self.k_norm = norm() if config.qk_norm else None
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.sliding_window = sliding_window
+
+    def __call__(
+        self,
+        x: Float[Array, "num_tokens hidden_size"],
+        rope: Rope,
+        pool: Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"],
+        metadata: AttentionMetadata,
+    ) -> tuple[Float[Array, "num_tokens hidden_size"], Array]:
+        """Returns what attention adds to the stream, and the pool with this step's K and V."""
+        qkv = self.qkv_proj(x).reshape(x.shape[0], -1, self.head_dim)
+        q, k, v = jnp.split(qkv, [self.num_heads, self.num_heads + self.num_kv_heads], axis=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        pool = write_kv(pool, rotate(k, rope), v, metadata.slot_mapping)
+        out = paged_attention(
+            rotate(q, rope),
+            pool,
+            metadata.block_tables,
+            metadata.seq_lens,
+            metadata.query_start_loc,
+            scale=self.head_dim**-0.5,
+            sliding_window=self.sliding_window,
+            max_query_len=metadata.max_query_len,
+            implementation=metadata.implementation,
+        )
+        return self.o_proj(out.reshape(x.shape[0], -1)), pool
+
+
+class MLP(nnx.Module):
+    """`down(silu(gate(x)) * up(x))` with gate and up in one projection."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jax.typing.DTypeLike):
+        size, width = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = Linear(size, 2 * width, bias=config.mlp_bias, dtype=dtype)
+        self.down_proj = Linear(width, size, bias=config.mlp_bias, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "num_tokens size"]) -> Float[Array, "num_tokens size"]:
+        """Returns what the MLP adds to the stream."""
+        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(jax.nn.silu(gate) * up)

