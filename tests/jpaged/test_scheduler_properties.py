@@ -1,0 +1,351 @@
+"""The scheduler under random interleavings, on a simulated device that checks what steps read.
+
+The device keeps in each slot what K and V depend on, all tokens so far (as a hash), block tables a
+row as a runner does (updated only from `table_updates`), and the last sampled token of each row. It
+runs a step when it is scheduled; the host learns the tokens later. So everything that asynchronous
+stepping, sharing or reuse may get wrong shows as a slot that holds what it should not.
+"""
+
+import random
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from jpaged.block_manager import BlockManager
+from jpaged.config import SchedulerConfig
+from jpaged.request import Request, Sequence
+from jpaged.sampling_params import SamplingParams
+from jpaged.scheduler import Scheduler
+from jpaged.scheduler_output import SchedulerOutput
+
+BLOCK_SIZE = 4
+MAX_MODEL_LEN = 40
+EOS = 9
+
+Sampled = list[tuple[Sequence, int]]
+
+
+def contents(token_ids: list[int]) -> list[int]:
+    """What a sequence's slots hold, in order."""
+    hashes, last = [], 0
+    for token in token_ids:
+        last = hash((last, token))
+        hashes.append(last)
+    return hashes
+
+
+class SimulatedDevice:
+    """Runs steps in order on a pool of tokens; checks the scheduler's output on the way."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.memory: dict[int, int] = {}
+        self.tables: dict[int, list[int]] = {}
+        self.last_tokens: dict[int, int] = {}
+        self.owners: dict[int, Sequence] = {}
+        # Every token of a sequence, also those the host has not read.
+        self.tokens: dict[Sequence, list[int]] = {}
+
+    def run(self, output: SchedulerOutput) -> Sampled:
+        for seq in output.preempted:
+            assert seq.row is None
+            assert seq not in output.seqs
+        assert not (output.preempted and output.admitted)
+        for seq in output.admitted:
+            assert seq.row is not None
+            self.owners[seq.row] = seq
+            self.tables[seq.row] = []
+            # What it had sampled but not told the host when it was preempted has arrived since.
+            assert self.tokens.setdefault(seq, list(seq.token_ids)) == seq.token_ids
+        for seq, first in output.table_updates:
+            assert seq.row is not None
+            table = self.tables[seq.row]
+            assert len(table) >= first
+            table[first:] = seq.block_ids[first:]
+        assert output.block_copies == []
+        return self.step(output)
+
+    def step(self, output: SchedulerOutput) -> Sampled:
+        sampled: Sampled = []
+        reads: list[tuple[Sequence, list[int], int]] = []
+        written: set[int] = set()
+        for seq, start, num_tokens, samples, uses_pending in zip(
+            output.seqs,
+            output.starts,
+            output.num_scheduled_tokens,
+            output.samples,
+            output.uses_pending,
+            strict=True,
+        ):
+            row = seq.row
+            assert row is not None
+            assert num_tokens > 0
+            assert self.owners[row] is seq
+            table, end = self.tables[row], start + num_tokens
+            assert table == seq.block_ids
+            if uses_pending:
+                assert (num_tokens, len(seq.token_ids) <= start) == (1, True)
+                inputs = [self.last_tokens[row]]
+            else:
+                inputs = seq.token_ids[start:end]
+            assert inputs == self.tokens[seq][start:end]
+            for position, content in enumerate(contents(self.tokens[seq][:end])):
+                if position < start:
+                    continue
+                slot = self.slot(table, position)
+                assert slot not in written
+                assert slot >= BLOCK_SIZE, "the null block is written"
+                written.add(slot)
+                self.memory[slot] = content
+            reads.append((seq, table, end))
+            if samples:
+                assert end == len(self.tokens[seq])
+                assert end < seq.max_length
+                token = self.sample(seq)
+                self.tokens[seq].append(token)
+                self.last_tokens[row] = token
+                sampled.append((seq, token))
+        # All writes of a layer come before its attention.
+        for seq, table, end in reads:
+            context = [self.memory.get(self.slot(table, i)) for i in range(end)]
+            assert context == contents(self.tokens[seq][:end])
+        return sampled
+
+    def sample(self, seq: Sequence) -> int:
+        """A function of the tokens so far, of few values, so that blocks often repeat."""
+        tokens = self.tokens[seq]
+        mix = sum(tokens[-3:]) + len(tokens) // 3 + seq.seq_index * (len(tokens) % 5 == 0)
+        return EOS if mix % 17 == 16 else mix % 2
+
+    @staticmethod
+    def slot(table: list[int], position: int) -> int:
+        return table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+
+
+class Run:
+    """A scheduler, its device, and the results not read yet."""
+
+    def __init__(self, num_blocks: int, caching: bool, **config) -> None:
+        self.scheduler = Scheduler(
+            SchedulerConfig(max_model_len=MAX_MODEL_LEN, **config),
+            BlockManager(num_blocks, BLOCK_SIZE, caching),
+        )
+        self.device = SimulatedDevice(self.scheduler)
+        self.unread: list[Sampled] = []
+        self.requests: list[Request] = []
+        self.num_added = 0
+
+    def add(self, num_prompt_tokens: int, max_tokens: int, n: int, priority: int, salt: str | None):
+        prompt = [i % 2 for i in range(num_prompt_tokens)]
+        request = Request(
+            f"r{self.num_added}",
+            prompt,
+            SamplingParams(n=n, max_tokens=max_tokens),
+            priority=priority,
+            cache_salt=salt,
+        )
+        self.num_added += 1
+        try:
+            self.scheduler.add_request(request)
+        except ValueError:
+            manager = self.scheduler.block_manager
+            length = min(num_prompt_tokens + max_tokens, MAX_MODEL_LEN) - 1
+            fits = n * manager.num_blocks_for(length) <= manager.num_usable_blocks
+            assert not fits or n > self.scheduler.config.max_num_seqs
+            return
+        self.requests.append(request)
+
+    def schedule(self) -> None:
+        scheduler = self.scheduler
+        # A sequence whose last token is sampled waits to hear of it.
+        free_to_run = {
+            seq
+            for request in scheduler._running
+            for seq in request.unfinished
+            if seq.length < seq.max_length
+        }
+        output = scheduler.schedule()
+        assert output.num_batched_tokens <= scheduler.config.max_num_batched_tokens
+        scheduled = set(output.seqs)
+        assert len(scheduled) == len(output.seqs)
+        if scheduler._running:
+            candidates = free_to_run.intersection(scheduler._running[0].unfinished)
+            assert not candidates or candidates & scheduled, "the first request does not progress"
+        self.unread.append(self.device.run(output))
+
+    def read(self) -> None:
+        for seq, token in self.unread.pop(0):
+            was_finished = seq.is_finished
+            assert self.scheduler.append_token(seq, token) is not was_finished
+            if was_finished:
+                continue
+            if token == EOS:
+                self.scheduler.finish_sequence(seq, "stop", stop_reason=EOS)
+            elif len(seq.token_ids) >= seq.max_length:
+                self.scheduler.finish_sequence(seq, "length")
+
+    def check(self) -> None:
+        self.scheduler.check_invariants()
+        for request in self.requests:
+            for seq in request.sequences:
+                known = self.device.tokens.get(seq, seq.token_ids)[: len(seq.token_ids)]
+                assert seq.token_ids == known
+                assert len(seq.token_ids) <= seq.max_length or not seq.max_length
+
+    def finish(self) -> None:
+        """Steps as the engine does, one result late, until everything has ended."""
+        # The first request runs alone at worst, a token a step after its prompt.
+        bound = 20 + sum(
+            3 * seq.max_length for request in self.requests for seq in request.unfinished
+        )
+        for _ in range(bound):
+            if not self.scheduler.has_unfinished():
+                break
+            self.schedule()
+            while len(self.unread) > 1:
+                self.read()
+            self.check()
+        assert not self.scheduler.has_unfinished(), "a request does not end"
+        while self.unread:
+            self.read()
+        self.check()
+        stats = self.scheduler.stats()
+        assert (stats.blocks.used, stats.num_running_seqs, stats.num_waiting) == (0, 0, 0)
+        assert all(seq.finish_reason for request in self.requests for seq in request.sequences)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    run: Run
+
+    @initialize(
+        num_blocks=st.integers(8, 26),
+        caching=st.booleans(),
+        max_num_seqs=st.integers(1, 6),
+        extra_budget=st.integers(0, 20),
+        threshold=st.sampled_from([0, 0, 3]),
+        policy=st.sampled_from(["fcfs", "priority"]),
+        watermark=st.sampled_from([0.0, 0.1]),
+    )
+    def start(
+        self, num_blocks, caching, max_num_seqs, extra_budget, threshold, policy, watermark
+    ) -> None:
+        self.run = Run(
+            num_blocks,
+            caching,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_seqs + extra_budget,
+            long_prefill_token_threshold=threshold,
+            policy=policy,
+            admission_watermark=watermark,
+        )
+
+    @rule(
+        num_prompt_tokens=st.integers(1, 20),
+        max_tokens=st.integers(1, 14),
+        n=st.sampled_from([1, 1, 2, 3]),
+        priority=st.integers(0, 2),
+        salt=st.sampled_from([None, None, None, "a"]),
+    )
+    def add(self, num_prompt_tokens, max_tokens, n, priority, salt) -> None:
+        self.run.add(num_prompt_tokens, max_tokens, n, priority, salt)
+
+    @precondition(lambda self: len(self.run.unread) < 3)
+    @rule()
+    def schedule(self) -> None:
+        self.run.schedule()
+
+    @precondition(lambda self: self.run.unread)
+    @rule()
+    def read(self) -> None:
+        self.run.read()
+
+    @rule(num_steps=st.integers(1, 8), depth=st.integers(0, 1))
+    def step(self, num_steps: int, depth: int) -> None:
+        for _ in range(num_steps):
+            self.run.schedule()
+            while len(self.run.unread) > depth:
+                self.run.read()
+
+    @precondition(lambda self: self.run.requests)
+    @rule(number=st.integers(0, 99))
+    def abort(self, number: int) -> None:
+        request = self.run.requests[number % len(self.run.requests)]
+        is_unfinished = not request.is_finished
+        assert self.run.scheduler.abort_request(request.request_id) is is_unfinished
+
+    @precondition(lambda self: self.run.scheduler.has_unfinished())
+    @rule(number=st.integers(0, 99))
+    def stop(self, number: int) -> None:
+        seqs = [seq for request in self.run.requests for seq in request.unfinished]
+        assert self.run.scheduler.finish_sequence(seqs[number % len(seqs)], "stop")
+
+    @invariant()
+    def nothing_is_broken(self) -> None:
+        self.run.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "run"):
+            self.run.finish()
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(
+    max_examples=400, stateful_step_count=40, deadline=None, derandomize=True, database=None
+)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+@pytest.mark.parametrize("caching", [True, False])
+def test_long_random_run_reads_only_its_own_tokens(policy, caching):
+    rng = random.Random(7)
+    run = Run(
+        17,
+        caching,
+        max_num_seqs=6,
+        max_num_batched_tokens=16,
+        long_prefill_token_threshold=6,
+        policy=policy,
+    )
+    for _ in range(2000):
+        if run.scheduler.num_waiting < 6:
+            run.add(
+                rng.randint(1, 24),
+                rng.randint(1, 16),
+                rng.choice([1, 1, 2]),
+                rng.randint(0, 1),
+                None,
+            )
+        if rng.random() < 0.05:
+            run.scheduler.abort_request(rng.choice(run.requests).request_id)
+        run.schedule()
+        # The engine is one step behind; being further behind is harder.
+        while len(run.unread) > rng.choice([0, 1, 1, 2, 3]):
+            run.read()
+        run.requests = [request for request in run.requests if not request.is_finished]
+        run.check()
+    stats = run.scheduler.stats()
+    assert stats.num_preemptions > 20, "the run did not exercise what it should"
+    assert (stats.blocks.prefix_hit_tokens > 100) is caching
+    assert (stats.blocks.evictions > 100) is caching
+    run.finish()
+
+
+@pytest.mark.parametrize("num_blocks", [7, 9, 100])
+def test_tokens_do_not_depend_on_pool_chunks_or_cache(num_blocks):
+    """Each token is a function of those before: equal output shows that none was lost."""
+
+    def generate(num_blocks: int, caching: bool, budget: int) -> list[list[int]]:
+        run = Run(num_blocks, caching, max_num_seqs=4, max_num_batched_tokens=budget)
+        for length in (1, 5, 9, 12, 3):
+            run.add(length, 10, 1, 0, None)
+        assert len(run.requests) == 5
+        run.finish()
+        return [request.sequences[0].token_ids for request in run.requests]
+
+    expected = generate(100, caching=False, budget=64)
+    assert any(len(tokens) > 12 for tokens in expected)
+    for caching in (True, False):
+        for budget in (4, 7, 64):
+            assert generate(num_blocks, caching, budget) == expected
