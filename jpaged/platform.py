@@ -10,10 +10,8 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-_ALLOCATOR_DEFAULTS = {
-    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.97",
-}
+_MEM_FRACTION, _OLD_MEM_FRACTION = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+_ALLOCATOR_DEFAULTS = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", _MEM_FRACTION: "0.97"}
 
 
 def set_allocator_limits() -> None:
@@ -21,6 +19,8 @@ def set_allocator_limits() -> None:
     import sys
 
     missing = {k: v for k, v in _ALLOCATOR_DEFAULTS.items() if k not in os.environ}
+    if _OLD_MEM_FRACTION in os.environ:  # JAX refuses to start when it finds both names
+        missing.pop(_MEM_FRACTION, None)
     if not missing:
         return
     bridge = sys.modules.get("jax._src.xla_bridge")
@@ -55,7 +55,7 @@ def set_compilation_cache(cache_dir: str | None) -> str | None:
     if cache_dir is None:
         return None
     if cache_dir == "auto":
-        cache_dir = jax.config.jax_compilation_cache_dir or str(default_cache_dir())
+        cache_dir = jax.config.values["jax_compilation_cache_dir"] or str(default_cache_dir())
     try:
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:

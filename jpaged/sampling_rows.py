@@ -127,6 +127,11 @@ class RequestSampling:
         """Whether `bans` can ever return anything."""
         return bool(self._words or self._stop_bans)
 
+    def reseed(self, seed: int) -> None:
+        """Sets the seed of a request that brought none; the low 64 bits count."""
+        words = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], np.uint32)
+        self._row[Column.SEED_LOW : Column.SEED_HIGH + 1] = words.view(np.int32)
+
     def row(self, seq_index: int) -> NDArray[np.int32]:
         """Returns the row of the request's sequence `seq_index`, `int32[NUM_COLUMNS]`."""
         row = self._row.copy()

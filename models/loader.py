@@ -120,7 +120,7 @@ def open_model(
         read = functools.partial(_read_safetensors, path)
     if load_format == "dummy":
         read = dummy_params
-    model = CausalLM(config, dtype=_device_dtype() if dtype == "auto" else dtype)
+    model = CausalLM(config, dtype=default_dtype() if dtype == "auto" else dtype)
     return OpenedModel(
         config=config, model=model, source=path, load_params=functools.partial(read, model)
     )
@@ -203,7 +203,8 @@ def _download(repo: str, revision: str | None) -> Path:
     return Path(folder)
 
 
-def _device_dtype() -> str:
+def default_dtype() -> str:
+    """Returns what dtype "auto" means on the default device."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         return "float32"

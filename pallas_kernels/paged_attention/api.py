@@ -11,6 +11,15 @@ _IMPLEMENTATIONS = {
 }
 
 
+def default_implementation() -> registry.Implementation:
+    """The implementation that is used here when none is named."""
+    return _choose(None)
+
+
+def _choose(requested: registry.Implementation | None) -> registry.Implementation:
+    return registry.choose("paged_attention", requested, {"xla": list, "reference": list})
+
+
 def paged_attention(
     q: Float[Array, "num_tokens num_heads head_dim"],
     pool: Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"],
@@ -51,7 +60,7 @@ def paged_attention(
     _check(q, pool, block_tables, seq_lens, query_start_loc, scale, sliding_window, soft_cap)
     if max_query_len is not None and max_query_len < 1:
         raise ValueError(f"max_query_len must be at least 1, got {max_query_len}")
-    name = registry.choose("paged_attention", implementation, {"xla": list, "reference": list})
+    name = _choose(implementation)
     return _IMPLEMENTATIONS[name](
         q,
         pool,

@@ -1,6 +1,7 @@
 """Named problems that tests and benchmarks share, and how their arrays are made."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ CASES = (
 )
 
 
-def make(case: Case, dtype: jax.typing.DTypeLike, seed: int = 0) -> dict[str, jax.Array]:
+def make(case: Case, dtype: jax.typing.DTypeLike, seed: int = 0) -> dict[str, Any]:
     """Arguments of `paged_attention` for a case.
 
     Physical blocks are permuted; blocks that no sequence owns, the null block among them, and the

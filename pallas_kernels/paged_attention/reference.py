@@ -42,11 +42,11 @@ def paged_attention(
     kv = jnp.where(in_context[:, :, None, None, None], kv, 0.0)
 
     grouped = q.astype(jnp.float32).reshape(num_tokens, num_kv_heads, -1, head_dim)
-    logits = jnp.einsum("tkgd,tckd->tkgc", grouped, kv[seq, :, 0]) * scale
+    logits = jnp.einsum("tkgd,tckd->tkgc", grouped, kv[seq, :, 0], precision="highest") * scale
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     logits = jnp.where(visible[:, None, None, :], logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1)
-    out = jnp.einsum("tkgc,tckd->tkgd", weights, kv[seq, :, 1])
+    out = jnp.einsum("tkgc,tckd->tkgd", weights, kv[seq, :, 1], precision="highest")
     out = jnp.where(is_real[:, None, None, None], out, 0.0)
     return out.reshape(num_tokens, num_heads, head_dim).astype(q.dtype)

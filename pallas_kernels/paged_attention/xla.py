@@ -95,7 +95,11 @@ def _attend_tile(
     slot = first_slot + jnp.arange(tile)
     # Slots past the end may hold anything; 0 x NaN would be NaN.
     v = jnp.where((slot < seq_lens[:, None])[:, None, :, None], kv[:, 1], 0)
-    logits = scale * jnp.einsum("rkmd,rktd->rkmt", q, kv[:, 0], preferred_element_type=jnp.float32)
+    # float32 means float32: a GPU would take TF32 unless told otherwise.
+    exact = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    logits = scale * jnp.einsum(
+        "rkmd,rktd->rkmt", q, kv[:, 0], preferred_element_type=jnp.float32, precision=exact
+    )
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     visible = slot <= positions[:, :, None]
@@ -106,7 +110,11 @@ def _attend_tile(
     weights = jnp.exp(logits - new_max[..., None])
     rescale = jnp.exp(running_max - new_max)
     acc = acc * rescale[..., None] + jnp.einsum(
-        "rkmt,rktd->rkmd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+        "rkmt,rktd->rkmd",
+        weights.astype(v.dtype),
+        v,
+        preferred_element_type=jnp.float32,
+        precision=exact,
     )
     return new_max, running_sum * rescale + weights.sum(axis=-1), acc
 

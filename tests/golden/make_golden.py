@@ -16,12 +16,11 @@ import torch
 import transformers
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "benchmarks")]
 
 from tiny_models import CASES, PROMPT, make_weights  # noqa: E402
+from transformers_oracle import load_default_model  # noqa: E402
 
-from jpaged.models.gguf import GGUFFile, GGUFSource, read_config  # noqa: E402
-from jpaged.models.loader import resolve_source  # noqa: E402
 from jpaged.tokenizer import load_tokenizer  # noqa: E402
 
 NUM_PROMPTS, NUM_TOKENS, NUM_TINY_TOKENS, TOP = 20, 64, 16, 5
@@ -77,33 +76,6 @@ def tiny_oracle(raw: dict[str, Any]) -> torch.nn.Module:
     return model.eval()
 
 
-def smollm2_oracle() -> torch.nn.Module:
-    """Returns transformers' model with the weights that our GGUF reader dequantises."""
-    file = GGUFFile(resolve_source(None))
-    ours = read_config(file)
-    config = transformers.LlamaConfig(
-        vocab_size=ours.vocab_size,
-        hidden_size=ours.hidden_size,
-        intermediate_size=ours.intermediate_size,
-        num_hidden_layers=ours.num_layers,
-        num_attention_heads=ours.num_heads,
-        num_key_value_heads=ours.num_kv_heads,
-        max_position_embeddings=ours.max_position_embeddings,
-        rms_norm_eps=ours.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": ours.rope_theta},
-        tie_word_embeddings=True,
-    )
-    source = GGUFSource(file)
-    weights = {}
-    for name, shape in source.shapes().items():
-        rows = [chunk.astype(np.float32) for _, chunk in source.rows(name)]
-        weights[name] = torch.from_numpy(np.concatenate(rows).reshape(shape))
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    model = transformers.LlamaForCausalLM(config)
-    model.load_state_dict(weights)
-    return model.eval()
-
-
 @torch.no_grad()
 def greedy(model: Any, prompt: list[int], num_tokens: int) -> tuple[list[int], np.ndarray, float]:
     """Returns greedy ids (no stop), logits at the prompt's end, and the least top-2 margin."""
@@ -122,7 +94,7 @@ def greedy(model: Any, prompt: list[int], num_tokens: int) -> tuple[list[int], n
 
 
 def make_smollm2(meta: dict[str, Any], questions: Path) -> dict[str, Any]:
-    tokenizer, model = load_tokenizer(None), smollm2_oracle()
+    tokenizer, model = load_tokenizer(None), load_default_model()
     rows = [json.loads(line) for line in questions.read_text("utf-8").splitlines()]
     # One question of each category in turn, so that every kind of text is there.
     categories = list(dict.fromkeys(row["category"] for row in rows))

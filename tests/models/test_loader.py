@@ -106,7 +106,7 @@ def test_auto_dtype_follows_the_device(monkeypatch):
         (Device("gpu", "9.0"), "bfloat16"),
     ]:
         monkeypatch.setattr(jax, "devices", lambda device=device: [device])
-        assert loader._device_dtype() == dtype
+        assert loader.default_dtype() == dtype
 
 
 @pytest.mark.filterwarnings("default")  # orbax warns of its own plans

@@ -119,7 +119,7 @@ def test_default_model_repeats_golden_logits_and_greedy_ids():
 def test_default_model_equals_transformers():
     import torch
 
-    oracle = oracles().smollm2_oracle()
+    oracle = oracles().load_default_model()
     for entry in read_golden("smollm2_greedy.json")["prompts"][2:4]:
         ids = entry["prompt_token_ids"]
         with torch.no_grad():

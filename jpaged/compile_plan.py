@@ -1,0 +1,297 @@
+"""Which padded step shapes exist, why those, and the threads that compile them ahead of need.
+
+The only module that knows the shapes. A step runs in the cheapest compiled program that holds it,
+so that serving starts as soon as any fitting program is there while the rest still compiles; a
+step that nothing compiled can hold waits for its own program, which is then compiled first.
+"""
+
+import bisect
+import dataclasses
+import enum
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+MIN_CHUNK_TOKENS = 16
+MIN_MIXED_SEQS = 8
+
+
+@dataclasses.dataclass(frozen=True, slots=True, order=True)
+class StepShape:
+    """Padded size of a step: flat tokens, sequences, and whether every sequence decodes."""
+
+    num_tokens: int
+    num_seqs: int
+    decode_only: bool
+
+    @property
+    def name(self) -> str:
+        """How the shape is called in lists and logs."""
+        if self.decode_only:
+            return f"decode_{self.num_seqs}"
+        return f"mixed_{self.num_tokens}x{self.num_seqs}"
+
+    def holds(self, num_tokens: int, num_seqs: int, decode_only: bool) -> bool:
+        """Whether a step of this real size fits."""
+        return (
+            num_tokens <= self.num_tokens
+            and num_seqs <= self.num_seqs
+            and (decode_only or not self.decode_only)
+        )
+
+
+def _powers(start: int, stop: int, factor: int) -> list[int]:
+    """`start`, `start * factor`, … below `stop`, and `stop` itself."""
+    sizes = []
+    while start < stop:
+        sizes.append(start)
+        start *= factor
+    return [*sizes, stop]
+
+
+def step_shapes(max_num_batched_tokens: int, max_num_seqs: int) -> tuple[StepShape, ...]:
+    """Every shape a step may have, in the order in which they are worth compiling.
+
+    Decode steps pad their sequences to a power of two. Mixed steps pad their tokens to a power of
+    two, since a chunk's cost follows them, and their sequences to a power of eight, since those
+    cost only the last layer's logits; no mixed step has more sequences than tokens.
+    """
+    decode = [StepShape(n, n, True) for n in _powers(1, max_num_seqs, 2)]
+    seq_sizes = _powers(min(MIN_MIXED_SEQS, max_num_seqs), max_num_seqs, 8)
+    token_sizes = _powers(min(MIN_CHUNK_TOKENS, max_num_batched_tokens), max_num_batched_tokens, 2)
+    mixed = [
+        StepShape(tokens, seqs, False)
+        for tokens in token_sizes
+        for seqs in seq_sizes
+        if seqs <= max(tokens, seq_sizes[0])
+    ]
+    # The largest mixed shape holds any step, so it comes first after what a lone request needs.
+    first = [s for s in (*mixed, *decode) if s.num_seqs <= MIN_MIXED_SEQS and s.num_tokens <= 64]
+    rest = [s for s in (*reversed(mixed), *reversed(decode)) if s not in first]
+    return (*first, *rest)
+
+
+class ProgramState(enum.StrEnum):
+    """Where a program of the plan stands."""
+
+    PENDING = "pending"
+    COMPILING = "compiling"
+    READY = "ready"
+    FAILED = "failed"
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Program:
+    """One compiled program and how it came to be."""
+
+    name: str
+    compile: Callable[[], Any]
+    state: ProgramState = ProgramState.PENDING
+    compiled: Any = None
+    compile_time_s: float | None = None
+    error: BaseException | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Padded flat tokens of a step; 0 where there are none."""
+        return 0
+
+    @property
+    def num_seqs(self) -> int:
+        """Padded sequences."""
+        return 1
+
+    @property
+    def kind(self) -> str:
+        """`decode` or `mixed` for steps, `row` for what prepares one sequence."""
+        return "row"
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class StepProgram(Program):
+    """The program of one step shape."""
+
+    shape: StepShape = dataclasses.field(kw_only=True)
+
+    @property
+    def num_tokens(self) -> int:
+        """Padded flat tokens."""
+        return self.shape.num_tokens
+
+    @property
+    def num_seqs(self) -> int:
+        """Padded sequences."""
+        return self.shape.num_seqs
+
+    @property
+    def kind(self) -> str:
+        """`decode` or `mixed`."""
+        return "decode" if self.shape.decode_only else "mixed"
+
+
+class CompilePlan:
+    """All programs of an engine, compiled by `num_threads` threads or on demand.
+
+    Args:
+        shapes: The steps' shapes, in order of compilation.
+        compile_step: Compiles one shape; called from several threads.
+        others: Names of programs that are no steps, and how to compile them; they come last.
+        num_threads: Threads of the background compilation.
+        strict: Whether compiling on demand is an error.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[StepShape],
+        compile_step: Callable[[StepShape], Any],
+        num_threads: int,
+        strict: bool = False,
+        others: Mapping[str, Callable[[], Any]] | None = None,
+    ) -> None:
+        steps = [
+            StepProgram(shape.name, functools.partial(compile_step, shape), shape=shape)
+            for shape in shapes
+        ]
+        self._others = {name: Program(name, compile) for name, compile in (others or {}).items()}
+        self.programs: list[Program] = [*steps, *self._others.values()]
+        self._queue: list[Program] = list(self.programs)
+        self._changed = threading.Condition()
+        self._num_threads = num_threads
+        self._strict = strict
+        self._threads: list[threading.Thread] = []
+        self._stopping = False
+        self._by_cost = sorted(steps, key=lambda program: _cost(program.shape))
+        self._costs = [_cost(program.shape) for program in self._by_cost]
+        self.num_on_demand = 0
+
+    def start(self) -> None:
+        """Starts compiling everything in the background."""
+        for i in range(self._num_threads):
+            thread = threading.Thread(target=self._work, name=f"jpaged-compile-{i}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def wait(self) -> None:
+        """Blocks until every program is compiled or `stop`; raises what a compilation raised."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or all(map(_is_over, self.programs)))
+        for program in self.programs:
+            if program.error is not None:
+                raise program.error
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether every program is compiled."""
+        return all(program.state is ProgramState.READY for program in self.programs)
+
+    def stop(self) -> None:
+        """Ends the background compilation; a compilation under way is waited for."""
+        with self._changed:
+            self._stopping = True
+            self._queue.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def find(self, num_tokens: int, num_seqs: int, decode_only: bool) -> StepProgram:
+        """The cheapest compiled program that holds the step, compiled now if there is none.
+
+        Raises:
+            ValueError: No shape of the plan is large enough.
+        """
+        ideal = None
+        start = bisect.bisect_left(self._costs, (num_tokens, num_seqs, False))
+        for program in self._by_cost[start:]:
+            if program.shape.holds(num_tokens, num_seqs, decode_only):
+                ideal = ideal or program
+                if program is ideal and program.state is ProgramState.READY:
+                    return program
+                # Without threads nothing would ever compile the right one.
+                if program.state is ProgramState.READY and self._threads:
+                    self._hurry(ideal)
+                    return program
+        if ideal is None:
+            raise ValueError(
+                f"no program of the compile plan holds a step of {num_tokens} tokens and "
+                f"{num_seqs} sequences"
+            )
+        self._demand(ideal)
+        return ideal
+
+    def get(self, name: str) -> Any:
+        """What one of the `others` was compiled to, compiled now if it is not yet."""
+        program = self._others[name]
+        if program.state is not ProgramState.READY:
+            self._demand(program)
+        return program.compiled
+
+    def _hurry(self, program: Program) -> None:
+        """Makes `program` the next that a thread takes."""
+        with self._changed:
+            if program in self._queue:
+                self._queue.remove(program)
+                self._queue.insert(0, program)
+
+    def _demand(self, program: Program) -> None:
+        """Returns when the program is compiled."""
+        if self._threads:
+            self._hurry(program)
+        else:
+            self.num_on_demand += 1
+            if self._strict:
+                raise RuntimeError(f"strict_compilation forbids compiling {program.name} now")
+            logger.info("compiling %s on demand", program.name)
+            with self._changed:
+                self._take(program)
+            self._run(program)
+        with self._changed:
+            self._changed.wait_for(lambda: _is_over(program) or self._is_given_up(program))
+        if program.error is not None:
+            raise program.error
+        if program.state is not ProgramState.READY:
+            raise RuntimeError(f"the compile plan was stopped before {program.name} was compiled")
+
+    def _is_given_up(self, program: Program) -> bool:
+        return self._stopping and program.state is ProgramState.PENDING
+
+    def _take(self, program: Program) -> None:
+        if program in self._queue:
+            self._queue.remove(program)
+        program.state = ProgramState.COMPILING
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                if self._stopping or not self._queue:
+                    return
+                program = self._queue[0]
+                self._take(program)
+            self._run(program)
+
+    def _run(self, program: Program) -> None:
+        start = time.perf_counter()
+        try:
+            program.compiled = program.compile()
+            state = ProgramState.READY
+        except Exception as error:
+            program.error = error
+            state = ProgramState.FAILED
+            logger.exception("compiling %s failed", program.name)
+        with self._changed:
+            program.compile_time_s = time.perf_counter() - start
+            program.state = state
+            self._changed.notify_all()
+
+
+def _is_over(program: Program) -> bool:
+    return program.state in (ProgramState.READY, ProgramState.FAILED)
+
+
+def _cost(shape: StepShape) -> tuple[int, int, bool]:
+    return (shape.num_tokens, shape.num_seqs, not shape.decode_only)

@@ -1,0 +1,295 @@
+"""The engine: requests in, steps, outputs out. Single-threaded; the callers give it threads.
+
+Asynchronous by default: a step is scheduled and dispatched while the one before it still runs on
+the device, so results are read one step late. What was sampled for a sequence after it ended is
+discarded.
+"""
+
+import dataclasses
+import logging
+import time
+from collections import deque
+
+import jax
+import numpy as np
+
+from jpaged import platform
+from jpaged.block_manager import BlockManager
+from jpaged.config import SchedulerConfig
+from jpaged.engine_config import EngineConfig
+from jpaged.model_runner import ModelRunner, StepHandle, StepResult
+from jpaged.models.loader import load_model
+from jpaged.output_processor import RequestOutputs
+from jpaged.outputs import RequestOutput
+from jpaged.prompts import Prompt, parse_prompt
+from jpaged.request import Request
+from jpaged.sampling_params import SamplingParams
+from jpaged.sampling_rows import RequestSampling
+from jpaged.scheduler import Scheduler
+from jpaged.scheduler_output import SchedulerOutput, SchedulerStats
+from jpaged.tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters of an engine, for metrics and benchmarks."""
+
+    scheduler: SchedulerStats
+    num_blocks: int
+    block_size: int
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    num_discarded_tokens: int
+    num_compilations_after_warmup: int
+    host_time_s: float
+    """Seconds spent on scheduling and filling inputs, over all steps."""
+
+
+@dataclasses.dataclass(slots=True)
+class _EngineState:
+    """What the engine keeps of a request."""
+
+    outputs: RequestOutputs
+    sampling: RequestSampling
+
+
+class Engine:
+    """Runs requests to their end, step by step."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        platform.set_compilation_cache(config.compilation_cache_dir)
+        loaded = load_model(
+            config.model,
+            dtype=config.dtype,
+            load_format=config.load_format,
+            revision=config.revision,
+        )
+        self.model_config = loaded.config
+        scheduler_config = config.scheduler_config(
+            jax.default_backend(), loaded.config.max_position_embeddings
+        )
+        self.max_model_len = scheduler_config.max_model_len
+        self.runner = ModelRunner(loaded, config, scheduler_config)
+        self.tokenizer: Tokenizer | None = None
+        if not config.skip_tokenizer_init:
+            self.tokenizer = load_tokenizer(config.tokenizer or loaded.source)
+        ends = () if self.tokenizer is None else self.tokenizer.eos_token_ids
+        # A checkpoint may name the end of a turn in its tokenizer only.
+        self.eos_token_ids = tuple(dict.fromkeys((*loaded.config.eos_token_ids, *ends)))
+        self._start_scheduler(scheduler_config)
+        self._in_flight: deque[StepHandle] = deque()
+        self._rng = np.random.default_rng(config.seed)
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_discarded_tokens = 0
+        self._host_time_s = 0.0
+        self._finished_early: list[RequestOutput] = []
+        self._is_shut_down = False
+
+    def _start_scheduler(self, scheduler_config: SchedulerConfig) -> None:
+        cache = self.config.cache_config(self.runner.num_blocks)
+        self.block_manager = BlockManager(
+            cache.num_blocks, cache.block_size, cache.enable_prefix_caching
+        )
+        self.scheduler = Scheduler(scheduler_config, self.block_manager)
+
+    # Requests.
+
+    def make_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+    ) -> Request:
+        """A checked request that is not yet queued.
+
+        Raises:
+            ValueError: Prompt or parameters are out of range; names the field and the range.
+            RuntimeError: The engine was shut down.
+        """
+        if self._is_shut_down:
+            raise RuntimeError("the engine was shut down and takes no more requests")
+        if not isinstance(priority, int):
+            raise ValueError(f"priority must be an integer, got {priority!r}")
+        config = self.model_config
+        parsed = parse_prompt(prompt, self.tokenizer, config.vocab_size)
+        token_ids = parsed.token_ids
+        if len(token_ids) >= self.max_model_len:
+            raise ValueError(
+                f"prompt must be at most {self.max_model_len - 1} tokens so that one can follow "
+                f"within max_model_len={self.max_model_len}, got {len(token_ids)}"
+            )
+        params.validate(
+            vocab_size=config.vocab_size,
+            max_logprobs=self.config.max_logprobs,
+            max_num_seqs=self.scheduler.config.max_num_seqs,
+        )
+        needs_text = "stop" if params.stop else "bad_words" if params.bad_words else None
+        if needs_text and self.tokenizer is None:
+            raise ValueError(f"{needs_text} needs a tokenizer, and this model has none")
+        request = Request(
+            request_id,
+            token_ids,
+            params,
+            prompt=parsed.text,
+            arrival_time=time.monotonic(),
+            priority=priority,
+            cache_salt=parsed.cache_salt,
+            eos_token_ids=self.eos_token_ids,
+            skip_prefix_cache=params.prompt_logprobs is not None,
+        )
+        sampling = RequestSampling(
+            params,
+            vocab_size=config.vocab_size,
+            eos_token_ids=self.eos_token_ids,
+            encode=self._encode_bare if self.tokenizer is not None else None,
+        )
+        request.engine_state = _EngineState(
+            RequestOutputs(request, params, self.tokenizer), sampling
+        )
+        self.scheduler.check_request(request)
+        return request
+
+    def _encode_bare(self, text: str) -> list[int]:
+        assert self.tokenizer is not None, "checked by the caller"
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def add_request(self, request: Request) -> None:
+        """Queues a request made by `make_request`.
+
+        Raises:
+            ValueError: A request of this id is unfinished, or it can never fit.
+        """
+        self.scheduler.add_request(request)
+        state = _state_of(request)
+        if state.outputs.params.seed is None:
+            # Drawn here, so that a request that was only checked does not shift the next one's.
+            state.sampling.reseed(int(self._rng.integers(0, 2**63)))
+        self._num_prompt_tokens += len(request.prompt_token_ids)
+
+    def abort_request(self, request_id: str) -> bool:
+        """Ends a request and frees its blocks at once; False if there is none of this id.
+
+        Its last output, with finish reason "abort", comes with the next step.
+        """
+        request = self.scheduler.get_request(request_id)
+        if request is None:
+            return False
+        self.scheduler.abort_request(request_id)
+        output = _state_of(request).outputs.output()
+        if output is not None:
+            self._finished_early.append(output)
+        return True
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything left to do."""
+        return bool(self.scheduler.has_unfinished() or self._in_flight or self._finished_early)
+
+    # Steps.
+
+    def step(self) -> list[RequestOutput]:
+        """Dispatches the next step and returns what the one before it brought."""
+        start = time.perf_counter()
+        scheduled = self.scheduler.schedule()
+        if not scheduled.is_empty:
+            self._in_flight.append(self._dispatch(scheduled))
+        self._host_time_s += time.perf_counter() - start
+        outputs, self._finished_early = self._finished_early, []
+        depth = 1 if self.config.async_scheduling and not scheduled.is_empty else 0
+        while len(self._in_flight) > depth:
+            handle = self._in_flight.popleft()
+            outputs += self._process(handle.scheduled, handle.result())
+        return outputs
+
+    def _dispatch(self, scheduled: SchedulerOutput) -> StepHandle:
+        for seq in scheduled.admitted:
+            state = _state_of(seq.request)
+            metrics = state.outputs.metrics
+            if metrics.first_scheduled_time_s is None:
+                metrics.first_scheduled_time_s = time.monotonic()
+            wants_prompt = state.outputs.prompt_logprobs is not None and seq.seq_index == 0
+            self.runner.admit(seq, state.sampling, wants_prompt)
+        return self.runner.dispatch(scheduled)
+
+    def _process(self, scheduled: SchedulerOutput, result: StepResult) -> list[RequestOutput]:
+        touched: dict[str, Request] = {}
+        first_token = 0
+        for i, seq in enumerate(scheduled.seqs):
+            outputs = _state_of(seq.request).outputs
+            if outputs.prompt_logprobs is not None and seq.seq_index == 0:
+                self._take_prompt_logprobs(scheduled, result, i, first_token)
+            first_token += scheduled.num_scheduled_tokens[i]
+            if not scheduled.samples[i]:
+                continue
+            token_id = result.tokens[i]
+            if not self.scheduler.append_token(seq, token_id):
+                self._num_discarded_tokens += 1
+                continue
+            self._num_generated_tokens += 1
+            outputs.note_token()
+            sequence = outputs.sequences[seq.seq_index]
+            logprobs = None if sequence.logprobs is None else result.logprobs(i)
+            finish = sequence.append(token_id, logprobs, seq.max_length)
+            if finish is not None:
+                self.scheduler.finish_sequence(seq, finish.reason, finish.stop_reason)
+            touched[seq.request.request_id] = seq.request
+        found = (_state_of(request).outputs.output() for request in touched.values())
+        return [output for output in found if output is not None]
+
+    def _take_prompt_logprobs(
+        self, scheduled: SchedulerOutput, result: StepResult, index: int, first_token: int
+    ) -> None:
+        seq = scheduled.seqs[index]
+        outputs = _state_of(seq.request).outputs
+        assert outputs.prompt_logprobs is not None, "only called where they are wanted"
+        start = scheduled.starts[index]
+        end = min(start + scheduled.num_scheduled_tokens[index], seq.num_prompt_tokens - 1)
+        for position in range(start, end):
+            if outputs.prompt_logprobs[position + 1] is None:
+                outputs.add_prompt_logprobs(
+                    position + 1, result.prompt_logprobs(first_token + position - start)
+                )
+
+    # Everything else.
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the counters."""
+        return EngineStats(
+            scheduler=self.scheduler.stats(),
+            num_blocks=self.runner.num_blocks,
+            block_size=self.config.block_size,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_discarded_tokens=self._num_discarded_tokens,
+            num_compilations_after_warmup=self.runner.plan.num_on_demand,
+            host_time_s=self._host_time_s,
+        )
+
+    def reset(self) -> None:
+        """Makes the engine usable again after `step` has raised; abort all requests before.
+
+        A step that was scheduled but not executed would leave blocks in the prefix cache that
+        nothing has filled, so all that is cached is forgotten, and the scheduler's counters start
+        again.
+        """
+        self._in_flight.clear()
+        self.runner.reset()
+        self._start_scheduler(self.scheduler.config)
+
+    def shutdown(self) -> None:
+        """Lets go of threads and device memory; unfinished requests are lost."""
+        self._is_shut_down = True
+        self._in_flight.clear()
+        self.runner.shutdown()
+
+
+def _state_of(request: Request) -> _EngineState:
+    state = request.engine_state
+    assert isinstance(state, _EngineState), f"{request} was not made by make_request"
+    return state

@@ -1,0 +1,168 @@
+"""What a user may set on an engine, and how what is left open is decided from model and device."""
+
+import dataclasses
+import difflib
+from typing import Any, Literal, get_args
+
+from jpaged.config import (
+    BLOCK_SIZES,
+    CacheConfig,
+    SchedulerConfig,
+    SchedulingPolicy,
+    check_at_least,
+)
+
+Compilation = Literal["background", "eager", "lazy"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "dummy"]
+
+# On a CPU the pool shares memory with everything else, so it is small unless asked for.
+DEFAULT_CPU_CACHE_BYTES = 1 << 30
+DEFAULT_BUDGETS = {"cpu": (32, 512), "gpu": (256, 8192), "tpu": (256, 2048)}
+"""Backend to default (max_num_seqs, max_num_batched_tokens)."""
+_SWITCHES = (
+    "skip_tokenizer_init",
+    "enable_prefix_caching",
+    "async_scheduling",
+    "strict_compilation",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Options of an engine; None leaves a value to model and device.
+
+    Attributes:
+        model: A name of the embedded model, a directory, a `.gguf` file or a hub id; None is the
+            embedded default model.
+        tokenizer: Where the tokenizer comes from if not from the model.
+        skip_tokenizer_init: Runs without a tokenizer: prompts and outputs are token ids.
+        revision: Revision of a hub id.
+        load_format: "auto", or "dummy" for random weights of the right shapes.
+        dtype: Of weights, activations and the block pool; "auto" takes float32 on a CPU and
+            bfloat16 on accelerators (float16 where the device is slow at bfloat16).
+        seed: From which requests without a seed of their own draw theirs.
+        max_model_len: Most tokens of a sequence, prompt and output; the model's own limit if None.
+        max_num_seqs: Most sequences that run at once.
+        max_num_batched_tokens: Most tokens of a step.
+        long_prefill_token_threshold: Most prompt tokens of one sequence in a step; 0: no limit.
+        policy: "fcfs" or "priority" (lower first).
+        block_size: Tokens of a block.
+        num_blocks: Blocks of the pool, instead of sizing it by memory.
+        kv_cache_memory_bytes: Bytes of the pool, instead of sizing it by `memory_utilization`.
+        memory_utilization: Share of an accelerator's memory for weights, step and pool together.
+        enable_prefix_caching: Whether full blocks are kept and shared by content.
+        max_logprobs: Largest `logprobs` and `prompt_logprobs` of a request; -1 for the vocabulary,
+            0 leaves log-probabilities out of the compiled step.
+        async_scheduling: Whether a step is dispatched before the one before it has been read.
+        compilation: "background" serves while the compile plan is worked through, "eager"
+            compiles all of it first, "lazy" compiles what a step needs when it needs it.
+        strict_compilation: Makes a compilation after warm-up an error.
+        compilation_cache_dir: Where compiled programs are kept; "auto" for the default, None leaves
+            JAX's own setting as it is.
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    revision: str | None = None
+    load_format: LoadFormat = "auto"
+    dtype: DType = "auto"
+    seed: int = 0
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    long_prefill_token_threshold: int = 0
+    policy: SchedulingPolicy = "fcfs"
+    block_size: int = 16
+    num_blocks: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    max_logprobs: int = 20
+    async_scheduling: bool = True
+    compilation: Compilation = "background"
+    strict_compilation: bool = False
+    compilation_cache_dir: str | None = "auto"
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("load_format", get_args(LoadFormat)),
+            ("dtype", get_args(DType)),
+            ("policy", get_args(SchedulingPolicy)),
+            ("block_size", BLOCK_SIZES),
+            ("compilation", get_args(Compilation)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name, minimum in (
+            ("max_model_len", 2),
+            ("max_num_seqs", 1),
+            ("max_num_batched_tokens", 1),
+            ("num_blocks", 2),
+            ("kv_cache_memory_bytes", 1),
+        ):
+            if getattr(self, name) is not None:
+                check_at_least(name, getattr(self, name), minimum)
+        check_at_least("long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
+        check_at_least("max_logprobs", self.max_logprobs, -1)
+        check_at_least("seed", self.seed, 0)
+        share = self.memory_utilization
+        if not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
+            raise ValueError(f"memory_utilization must be in (0, 1], got {share!r}")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.num_blocks is not None and self.kv_cache_memory_bytes is not None:
+            raise ValueError("num_blocks and kv_cache_memory_bytes exclude each other, got both")
+        if self.strict_compilation and self.compilation == "lazy":
+            raise ValueError('strict_compilation needs compilation="background" or "eager"')
+
+    @classmethod
+    def from_options(cls, **options: Any) -> "EngineConfig":
+        """A config of these options.
+
+        Raises:
+            ValueError: An option does not exist (with the nearest one that does), or its value is
+                not allowed.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]}?" if near else f"; known ones: {', '.join(known)}"
+                raise ValueError(f"unknown engine option {name!r}{hint}")
+        return cls(**options)
+
+    def scheduler_config(self, backend: str, max_position_embeddings: int) -> SchedulerConfig:
+        """The scheduler's part, with what was left open decided.
+
+        Raises:
+            ValueError: The model cannot reach `max_model_len`, or the budgets contradict.
+        """
+        max_model_len = self.max_model_len or max_position_embeddings
+        if max_model_len > max_position_embeddings:
+            raise ValueError(
+                f"max_model_len must be at most the model's {max_position_embeddings}, "
+                f"got {max_model_len}"
+            )
+        num_seqs, num_tokens = DEFAULT_BUDGETS.get(backend, DEFAULT_BUDGETS["cpu"])
+        if self.max_num_seqs is not None:
+            num_seqs = self.max_num_seqs
+        elif self.max_num_batched_tokens is not None:
+            num_seqs = min(num_seqs, self.max_num_batched_tokens)
+        return SchedulerConfig(
+            max_model_len=max_model_len,
+            max_num_seqs=num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens or max(num_tokens, num_seqs),
+            policy=self.policy,
+            long_prefill_token_threshold=self.long_prefill_token_threshold,
+        )
+
+    def cache_config(self, num_blocks: int) -> CacheConfig:
+        """The block pool's part."""
+        return CacheConfig(
+            num_blocks=num_blocks,
+            block_size=self.block_size,
+            enable_prefix_caching=self.enable_prefix_caching,
+        )

@@ -1,0 +1,378 @@
+"""From a scheduled step to its token ids: buffers, the jitted step, results read later.
+
+Makes no scheduling decisions. Owns what lives on the device: parameters, block pools, sampler
+state. `dispatch` returns before the step has run; its result is read through the handle it gives.
+"""
+
+import dataclasses
+import logging
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from numpy.typing import NDArray
+
+from jpaged import memory, sampler
+from jpaged.compile_plan import CompilePlan, StepShape, step_shapes
+from jpaged.config import SchedulerConfig
+from jpaged.engine_config import EngineConfig
+from jpaged.input_batch import NO_TOKEN, PENDING_TOKEN, InputBatch, packed_size, unpack
+from jpaged.models.attention import AttentionMetadata
+from jpaged.models.loader import LoadedModel
+from jpaged.pallas_kernels import KVCacheSpec
+from jpaged.request import Sequence
+from jpaged.sampling_rows import RequestSampling
+from jpaged.scheduler_output import SchedulerOutput
+
+logger = logging.getLogger(__name__)
+
+# Rows of logits computed at a time for the log-probabilities of a prompt.
+PROMPT_LOGPROB_ROWS = 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """Log-probabilities of one position, in NumPy."""
+
+    logprob: float
+    rank: int
+    top_token_ids: NDArray[np.int32]
+    top_logprobs: NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step sampled, one entry a scheduled sequence; log-probabilities as arrays."""
+
+    tokens: list[int]
+    sampled: "_Logprobs"
+    prompt: "_Logprobs | None"
+
+    def logprobs(self, index: int) -> PositionLogprobs:
+        """Of the token sampled for sequence `index` of the step."""
+        return self.sampled.at(index)
+
+    def prompt_logprobs(self, index: int) -> PositionLogprobs:
+        """Of the prompt token that follows flat token `index` of the step."""
+        assert self.prompt is not None, "the step computed no prompt log-probabilities"
+        return self.prompt.at(index)
+
+
+class _Logprobs:
+    """Log-probabilities still on the device, read once when first asked for."""
+
+    def __init__(self, arrays: Any) -> None:
+        self._arrays = arrays
+        self._host: Any = None
+
+    def at(self, index: int) -> PositionLogprobs:
+        if self._host is None:
+            self._host = jax.device_get(self._arrays)
+        host = self._host
+        return PositionLogprobs(
+            float(host.logprobs[index]),
+            int(host.ranks[index]),
+            host.top_token_ids[index],
+            host.top_logprobs[index],
+        )
+
+
+class StepHandle:
+    """A step that was dispatched; `result` waits for it."""
+
+    def __init__(self, scheduled: SchedulerOutput, outputs: dict[str, Any]) -> None:
+        self.scheduled = scheduled
+        self._outputs = outputs
+        outputs["tokens"].copy_to_host_async()
+
+    def result(self) -> StepResult:
+        """The step's tokens, once it has run."""
+        tokens = np.asarray(self._outputs["tokens"]).tolist()
+        prompt = self._outputs.get("prompt")
+        return StepResult(
+            tokens,
+            _Logprobs(self._outputs["sampled"]),
+            None if prompt is None else _Logprobs(prompt),
+        )
+
+
+class ModelRunner:
+    """The device side of an engine.
+
+    Raises:
+        ValueError: The pool cannot hold one sequence of `max_model_len` tokens.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, config: EngineConfig, scheduler_config: SchedulerConfig
+    ) -> None:
+        self._model = loaded.model
+        self._max_model_len = scheduler_config.max_model_len
+        model_config = loaded.config
+        self.kv_spec = KVCacheSpec(
+            block_size=config.block_size,
+            num_kv_heads=model_config.num_kv_heads,
+            head_dim=model_config.head_dim,
+            dtype=jnp.dtype(loaded.model.dtype),
+        )
+        vocab_size = model_config.vocab_size
+        self.max_logprobs = vocab_size if config.max_logprobs == -1 else config.max_logprobs
+        self.max_blocks_per_seq = -(-scheduler_config.max_model_len // config.block_size)
+        self._num_rows = scheduler_config.max_num_seqs
+        shapes = step_shapes(scheduler_config.max_num_batched_tokens, scheduler_config.max_num_seqs)
+        self._banning: list[RequestSampling | None] = [None] * self._num_rows
+        self._wants_prompt = [False] * self._num_rows
+        self._bias_size = vocab_size
+        # Before the pool is sized by what is left of the memory.
+        self._params = loaded.params
+        self._state = sampler.SamplerState.zeros(self._num_rows, vocab_size)
+        self.num_blocks = memory.num_blocks(
+            config,
+            scheduler_config,
+            self.kv_spec,
+            num_layers=model_config.num_layers,
+            step_temp_bytes=lambda num_blocks: self._step_temp_bytes(shapes, num_blocks),
+        )
+        self._pools = self._allocate_pools()
+        self._batch = InputBatch(
+            self._num_rows,
+            self.max_blocks_per_seq,
+            config.block_size,
+            self.num_blocks,
+            max(packed_size(shape, self.max_blocks_per_seq) for shape in shapes),
+        )
+        self.plan = CompilePlan(
+            shapes,
+            self._compile,
+            num_threads=min(len(shapes), os.cpu_count() or 1, 8),
+            strict=config.strict_compilation,
+            others={"init_row": self._compile_init_row},
+        )
+        if config.compilation != "lazy":
+            self.plan.start()
+        if config.compilation == "eager":
+            self.plan.wait()
+
+    def _allocate_pools(self) -> tuple[jax.Array, ...]:
+        num_layers = self._model.config.num_layers
+        return tuple(self.kv_spec.allocate(self.num_blocks) for _ in range(num_layers))
+
+    # The step, traced once a shape.
+
+    def _step(
+        self, shape: StepShape, params: Any, pools: Any, state: sampler.SamplerState, packed: Any
+    ) -> tuple[Any, sampler.SamplerState, dict[str, Any]]:
+        arrays = unpack(packed, shape, self.max_blocks_per_seq)
+        # A pending token belongs to a decode row, and those stand at their sequence's index.
+        seq_of_token = jnp.minimum(jnp.arange(shape.num_tokens), shape.num_seqs - 1)
+        token_ids = jnp.where(
+            arrays.token_ids == PENDING_TOKEN,
+            state.last_tokens[arrays.rows[seq_of_token]],
+            arrays.token_ids,
+        )
+        metadata = AttentionMetadata(
+            slot_mapping=arrays.slot_mapping,
+            block_tables=arrays.block_tables,
+            seq_lens=arrays.seq_lens,
+            query_start_loc=arrays.query_start_loc,
+            max_query_len=1 if shape.decode_only else None,
+        )
+        hidden, pools = self._model.hidden_states(
+            params, token_ids, arrays.positions, pools, metadata
+        )
+        last = jnp.maximum(arrays.query_start_loc[1:] - 1, 0)
+        inputs = sampler.unpack_sampling_inputs(
+            arrays.sampling_rows,
+            arrays.seq_lens,
+            arrays.rows,
+            token_ids[last],
+            arrays.samples,
+            arrays.ban_tokens,
+            arrays.ban_if_last,
+        )
+        logits = self._model.logits(params, hidden[last])
+        sampled, state = sampler.sample(logits, inputs, state, max_logprobs=self.max_logprobs)
+        outputs: dict[str, Any] = {"tokens": sampled.tokens, "sampled": sampled}
+        if self.max_logprobs and not shape.decode_only:
+            outputs["prompt"] = self._prompt_logprobs(params, hidden, arrays.next_token_ids)
+        return pools, state, outputs
+
+    def _prompt_logprobs(
+        self, params: Any, hidden: jax.Array, next_token_ids: jax.Array
+    ) -> sampler.TokenLogprobs:
+        """Log-probabilities of the prompt tokens that follow; nothing is computed if none is asked.
+
+        A few rows at a time: logits of a whole chunk would be the largest array of the step.
+        """
+        num_tokens = hidden.shape[0]
+        rows = min(PROMPT_LOGPROB_ROWS, num_tokens)
+        num_tiles = -(-num_tokens // rows)
+        padding = num_tiles * rows - num_tokens
+        hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
+        asked = jnp.pad(next_token_ids, (0, padding), constant_values=NO_TOKEN)
+        tile_asks = (asked.reshape(num_tiles, rows) != NO_TOKEN).any(axis=1)
+
+        def tile(args: tuple[jax.Array, jax.Array]) -> sampler.TokenLogprobs:
+            tile_hidden, tile_ids = args
+            logits = self._model.logits(params, tile_hidden)
+            return sampler.token_logprobs(
+                logits, jnp.maximum(tile_ids, 0), max_logprobs=self.max_logprobs
+            )
+
+        def no_tile(args: tuple[jax.Array, jax.Array]) -> sampler.TokenLogprobs:
+            return jax.tree.map(
+                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(tile, args)
+            )
+
+        def one(_: None, xs: tuple[jax.Array, ...]) -> tuple[None, sampler.TokenLogprobs]:
+            asks, tile_hidden, tile_ids = xs
+            return None, lax.cond(asks, tile, no_tile, (tile_hidden, tile_ids))
+
+        tiles = (
+            tile_asks,
+            hidden.reshape(num_tiles, rows, -1),
+            asked.reshape(num_tiles, rows),
+        )
+        _, found = lax.scan(one, None, tiles)
+        return jax.tree.map(
+            lambda leaf: leaf.reshape(num_tiles * rows, *leaf.shape[2:])[:num_tokens], found
+        )
+
+    # Compilation.
+
+    def _lower(self, shape: StepShape, num_blocks: int) -> jax.stages.Lowered:
+        def step(params, pools, state, packed):
+            return self._step(shape, params, pools, state, packed)
+
+        pool = jax.ShapeDtypeStruct(self.kv_spec.shape(num_blocks), self.kv_spec.dtype)
+        config = self._model.config
+        packed = jax.ShapeDtypeStruct((packed_size(shape, self.max_blocks_per_seq),), jnp.int32)
+        step.__name__ = f"step_{shape.name}"
+        return jax.jit(step, donate_argnums=(1, 2)).lower(
+            self._params, (pool,) * config.num_layers, self._abstract_state(), packed
+        )
+
+    def _compile(self, shape: StepShape) -> jax.stages.Compiled:
+        return self._lower(shape, self.num_blocks).compile()
+
+    def _abstract_state(self) -> sampler.SamplerState:
+        vocab_size = self._model.config.vocab_size
+        return jax.eval_shape(lambda: sampler.SamplerState.zeros(self._num_rows, vocab_size))
+
+    def _compile_init_row(self) -> jax.stages.Compiled:
+        def ints(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+        return (
+            jax.jit(sampler.init_row, donate_argnums=0)
+            .lower(
+                self._abstract_state(),
+                ints(),
+                ints(self._max_model_len),
+                ints(),
+                ints(self._bias_size),
+                jax.ShapeDtypeStruct((self._bias_size,), jnp.float32),
+                jax.ShapeDtypeStruct((), jnp.bool_),
+            )
+            .compile()
+        )
+
+    def _step_temp_bytes(self, shapes: tuple[StepShape, ...], num_blocks: int) -> int:
+        """Bytes the largest step needs beside its arguments, from its compiled form."""
+        largest = max(shapes, key=lambda s: (s.num_tokens, s.num_seqs))
+        analysis = self._lower(largest, num_blocks).compile().memory_analysis()
+        if analysis is None:
+            return 0
+        not_aliased = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        return analysis.temp_size_in_bytes + max(not_aliased, 0)
+
+    # Rows.
+
+    def admit(self, seq: Sequence, sampling: RequestSampling, prompt_logprobs: bool) -> None:
+        """Gives a sequence's row its sampling parameters and, where needed, its state.
+
+        Args:
+            seq: A sequence that was given a row in the step about to be dispatched.
+            sampling: Its request's parameters.
+            prompt_logprobs: Whether log-probabilities of its prompt are wanted.
+        """
+        row = seq.row
+        assert row is not None, f"{seq} was admitted without a row"
+        self._batch.set_row(row, sampling.row(seq.seq_index))
+        self._banning[row] = sampling if sampling.may_ban else None
+        self._wants_prompt[row] = prompt_logprobs
+        if not sampling.needs_state:
+            return
+        token_ids = np.full(self._max_model_len, -1, np.int32)
+        token_ids[: len(seq.token_ids)] = seq.token_ids
+        bias_token_ids = np.full(self._bias_size, -1, np.int32)
+        bias_values = np.zeros(self._bias_size, np.float32)
+        bias_token_ids[: len(sampling.bias_token_ids)] = sampling.bias_token_ids
+        bias_values[: len(sampling.bias_values)] = sampling.bias_values
+        self._state = self.plan.get("init_row")(
+            self._state,
+            np.int32(row),
+            token_ids,
+            np.int32(seq.num_prompt_tokens),
+            bias_token_ids,
+            bias_values,
+            np.bool_(sampling.only_listed),
+        )
+
+    # Steps.
+
+    def dispatch(self, scheduled: SchedulerOutput) -> StepHandle:
+        """Starts a step and returns at once."""
+        assert not scheduled.block_copies, "nothing forks yet, so nothing is copied"
+        num_seqs = len(scheduled.seqs)
+        decode_only = scheduled.num_decodes == num_seqs and not self._needs_prompt(scheduled)
+        program = self.plan.find(scheduled.num_batched_tokens, num_seqs, decode_only)
+        packed = self._batch.fill(
+            scheduled, program.shape, self._bans_of, self._wants_prompt_logprobs
+        )
+        self._pools, self._state, outputs = program.compiled(
+            self._params, self._pools, self._state, packed
+        )
+        return StepHandle(scheduled, outputs)
+
+    def _bans_of(self, seq: Sequence) -> Any:
+        assert seq.row is not None, f"{seq} is scheduled without a row"
+        sampling = self._banning[seq.row]
+        if sampling is None:
+            return ()
+        # The scheduler has counted the token that this step samples as pending already.
+        return sampling.bans(seq.output_token_ids, seq.num_pending - 1)
+
+    def _wants_prompt_logprobs(self, seq: Sequence) -> bool:
+        assert seq.row is not None, f"{seq} is scheduled without a row"
+        return self._wants_prompt[seq.row]
+
+    def _needs_prompt(self, scheduled: SchedulerOutput) -> bool:
+        """Whether log-probabilities of a prompt are wanted, which decode programs leave out."""
+        return any(self._wants_prompt) and any(
+            start + 1 < seq.num_prompt_tokens and self._wants_prompt_logprobs(seq)
+            for seq, start in zip(scheduled.seqs, scheduled.starts, strict=True)
+        )
+
+    def reset(self) -> None:
+        """Makes the device's state valid again after a step that failed or was interrupted.
+
+        Pools and state are donated to a step, so they may be lost with it; their content is not
+        kept.
+        """
+        try:
+            jax.block_until_ready((self._pools, self._state))
+        except RuntimeError:  # deleted, or the result of a step that failed
+            self._pools = ()
+            self._pools = self._allocate_pools()
+            self._state = sampler.SamplerState.zeros(self._num_rows, self._model.config.vocab_size)
+
+    def shutdown(self) -> None:
+        """Ends background compilation and lets go of the device's memory."""
+        self.plan.stop()
+        self._pools = ()
+        self._params = None
+        self._state = None
