@@ -71,7 +71,7 @@ def run_ours(prompts: list[list[int]], lengths: list[int], max_num_seqs: int) ->
 
 def load_transformers() -> Any:
     """transformers' model with the same weights, float32."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     from transformers_oracle import load_default_model
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -82,7 +82,7 @@ def run_transformers(
     model: Any, prompts: list[list[int]], lengths: list[int], batch_size: int
 ) -> float:
     """Seconds for all requests in static padded batches."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     start = time.perf_counter()
     for first in range(0, len(prompts), batch_size):

@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 import transformers
 
 from jpaged.models.gguf import GGUFFile, GGUFSource, read_config

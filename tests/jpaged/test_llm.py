@@ -1,5 +1,3 @@
-import contextlib
-
 import numpy as np
 import pytest
 
@@ -293,5 +291,5 @@ def test_shutdown_lets_go_of_the_devices_memory(tiny_options):
     llm.shutdown()
     assert not [name for name in vars(runner) if name == "loaded"]
     assert (runner._pools, runner._params, runner._state) == ((), None, None)
-    with contextlib.suppress(ValueError):
+    with pytest.raises(RuntimeError, match="the engine was shut down"):
         llm.validate_request(PROMPTS[0])

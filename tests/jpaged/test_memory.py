@@ -56,7 +56,8 @@ def test_bytes_are_rounded_down_to_blocks():
     assert _num_blocks(kv_cache_memory_bytes=11 * BLOCK_BYTES - 1) == 10
 
 
-def test_a_cpu_takes_its_default_but_never_more_than_can_be_used():
+def test_a_cpu_takes_its_default_but_never_more_than_can_be_used(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert _num_blocks(max_num_seqs=10) == 10 * MAX_BLOCKS + 1
     assert _num_blocks(max_num_seqs=2048) == min(
         DEFAULT_CPU_CACHE_BYTES // BLOCK_BYTES, 2048 * MAX_BLOCKS + 1

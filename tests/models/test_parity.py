@@ -64,7 +64,7 @@ def test_tiny_models_repeat_golden_logits_and_greedy_ids(name, tmp_path):
 @pytest.mark.filterwarnings("default")  # transformers and torch warn as they please
 @pytest.mark.parametrize("name", CASES)
 def test_tiny_models_equal_transformers(name, tmp_path):
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     oracle = oracles().tiny_oracle(CASES[name])
     oracle.save_pretrained(tmp_path)
@@ -117,7 +117,7 @@ def test_default_model_repeats_golden_logits_and_greedy_ids():
 @pytest.mark.model
 @pytest.mark.filterwarnings("default")
 def test_default_model_equals_transformers():
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     oracle = oracles().load_default_model()
     for entry in read_golden("smollm2_greedy.json")["prompts"][2:4]:
