@@ -18,13 +18,11 @@ time, collection of garbage included: the fastest of the repeats, and their medi
 
 import argparse
 import gc
-import json
-import platform
 import random
 import statistics
-import subprocess
 import time
-from pathlib import Path
+
+import common
 
 from jpaged.block_manager import BlockManager
 from jpaged.config import SchedulerConfig
@@ -119,31 +117,13 @@ def run_once(num_seqs: int, rng: random.Random) -> dict[str, float]:
     return {phase: 1e6 * value / num_seqs for phase, value in seconds.items()}
 
 
-def read_cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def read_commit() -> str | None:
-    """The checkout's commit, or None outside one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--num-seqs", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=5)
+    common.add_output_argument(parser)
     args = parser.parse_args()
     if args.num_seqs < 10 or args.repeats < 1:
         parser.error("--num-seqs must be at least 10 and --repeats at least 1")
@@ -160,9 +140,8 @@ def main() -> None:
         for phase in runs[0]
     }
     print(f"{args.num_seqs} sequences, block size {BLOCK_SIZE}, microseconds a sequence")
-    print(f"{'phase':<16}{'fastest':>9}{'median':>9}")
-    for phase, values in phases.items():
-        print(f"{phase:<16}{values['fastest_us']:>9.2f}{values['median_us']:>9.2f}")
+    rows = [[phase, v["fastest_us"], v["median_us"]] for phase, v in phases.items()]
+    common.print_table(["phase", "fastest", "median"], rows)
     result = {
         "benchmark": "scheduler",
         "num_seqs": args.num_seqs,
@@ -171,11 +150,8 @@ def main() -> None:
         "repeats": args.repeats,
         "clock": "process_time",
         "phases": phases,
-        "python": platform.python_version(),
-        "cpu": read_cpu_name(),
-        "commit": read_commit(),
     }
-    print(json.dumps(result))
+    common.finish(result, args.json)
 
 
 if __name__ == "__main__":

@@ -383,10 +383,19 @@ def test_sizes_have_units(text, expected, llms):
     assert llms[0].options["kv_cache_memory_bytes"] == expected
 
 
+@pytest.fixture
+def sigint():
+    """Ctrl-C as a terminal has it; what starts a process in the background may have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def press_ctrl_c():
     os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.usefixtures("sigint")
 def test_ctrl_c_aborts_and_exits_with_130(llms, monkeypatch, capsys):
     make: Any = engine.make_llm
 
@@ -406,6 +415,7 @@ def test_ctrl_c_aborts_and_exits_with_130(llms, monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("sigint")
 def test_second_ctrl_c_interrupts_at_once():
     with streaming.ctrl_c_interrupts() as interrupted:
         press_ctrl_c()
@@ -604,6 +614,7 @@ def test_refused_message_is_not_remembered(llms, stdin, capsys):
     assert [prompt["prompt"] for prompt, _ in llms[0].requests] == ["<user>short"]
 
 
+@pytest.mark.usefixtures("sigint")
 def test_ctrl_c_cuts_only_the_answer(llms, stdin, monkeypatch, capsys):
     make: Any = engine.make_llm
 
