@@ -38,7 +38,8 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "commit": commit or None,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        # Where the files lie on this machine is nobody's business.
+        "command": " ".join(Path(arg).name if arg.startswith("/") else arg for arg in sys.argv),
     }
 
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Self
 
+from jpaged import platform
 from jpaged.engine import Engine, EngineStats
 from jpaged.engine_config import EngineConfig
 from jpaged.outputs import RequestOutput
@@ -66,6 +67,8 @@ class AsyncLLM:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="jpaged-engine", daemon=True)
         self._thread.start()
+        # Python does not wait for the thread, and JAX aborts a process that ends during a step.
+        platform.call_at_exit(self.shutdown)
 
     async def __aenter__(self) -> Self:
         return self

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jpaged import platform
+
 logger = logging.getLogger(__name__)
 
 MIN_CHUNK_TOKENS = 16
@@ -171,6 +173,9 @@ class CompilePlan:
 
     def start(self) -> None:
         """Starts compiling everything in the background."""
+        # Python does not wait for these threads, and XLA aborts a process that ends during a
+        # compilation.
+        platform.call_at_exit(self.stop)
         for i in range(self._num_threads):
             thread = threading.Thread(target=self._work, name=f"jpaged-compile-{i}", daemon=True)
             self._threads.append(thread)
@@ -276,6 +281,7 @@ class CompilePlan:
 
     def _run(self, program: Program) -> None:
         start = time.perf_counter()
+        program.error = None
         try:
             program.compiled = program.compile()
             state = ProgramState.READY

@@ -119,7 +119,8 @@ class ModelRunner:
             dtype=jnp.dtype(loaded.model.dtype),
         )
         vocab_size = model_config.vocab_size
-        self.max_logprobs = vocab_size if config.max_logprobs == -1 else config.max_logprobs
+        limit = config.max_logprobs
+        self.max_logprobs = vocab_size if limit == -1 else min(limit, vocab_size)
         self.max_blocks_per_seq = -(-scheduler_config.max_model_len // config.block_size)
         self._num_rows = scheduler_config.max_num_seqs
         shapes = step_shapes(scheduler_config.max_num_batched_tokens, scheduler_config.max_num_seqs)

@@ -1,12 +1,16 @@
-"""What has to be said to JAX before it starts: how much device memory it may take, where to cache.
+"""What JAX has to be told of the process: device memory it may take, where to cache, when it ends.
 
 JAX reserves three quarters of a GPU when its backend first starts. An engine sizes its own pool, so
 the package asks for no preallocation and a high ceiling; that only works before the backend starts.
 """
 
+import atexit
 import logging
 import os
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +55,7 @@ def set_compilation_cache(cache_dir: str | None) -> str | None:
             one; None leaves the cache off.
     """
     import jax
+    from jax.experimental.compilation_cache import compilation_cache
 
     if cache_dir is None:
         return None
@@ -61,8 +66,29 @@ def set_compilation_cache(cache_dir: str | None) -> str | None:
     except OSError as error:
         logger.warning("no compilation cache: cannot create %s (%s)", cache_dir, error.strerror)
         return None
-    jax.config.update("jax_compilation_cache_dir", cache_dir)
+    if jax.config.values["jax_compilation_cache_dir"] != cache_dir:
+        jax.config.update("jax_compilation_cache_dir", cache_dir)
+        # JAX goes on with the first directory it has used until it is told to look again.
+        compilation_cache.reset_cache()
     # Every program of the plan is worth keeping, however quick its compilation.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return cache_dir
+
+
+def call_at_exit(method: Callable[[], Any]) -> None:
+    """Has a bound method called when the process ends, unless its object is gone by then.
+
+    For threads that use JAX: they must have ended before JAX is taken down, and before finalizers
+    run, on which its traces rest.
+    """
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        if (alive := reference()) is not None:
+            alive()
+
+    # The hook that runs finalizers is registered with the first of them, and the last hook runs
+    # first.
+    weakref.finalize(call, int).detach()
+    atexit.register(call)

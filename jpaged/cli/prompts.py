@@ -109,4 +109,8 @@ def _parse_line(line: bytes, *, is_json: bool) -> dict[str, Any] | ValueError:
         return ValueError(f"the line is not JSON: {error}")
     if not isinstance(row, dict):
         return ValueError(f"the line must hold a JSON object, got {text.strip()[:40]!r}")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return ValueError("the line is not Unicode text: it escapes a lone surrogate")
     return row

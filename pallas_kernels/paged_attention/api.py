@@ -3,6 +3,7 @@
 from jaxtyping import Array, Float, Int32
 
 from jpaged.pallas_kernels import registry
+from jpaged.pallas_kernels.kv_cache_layout import BLOCK_SIZES
 from jpaged.pallas_kernels.paged_attention import reference, xla
 
 _IMPLEMENTATIONS = {
@@ -85,6 +86,8 @@ def _check(q, pool, block_tables, seq_lens, query_start_loc, scale, sliding_wind
             "pool must be [num_blocks, 2, num_kv_heads, block_size, head_dim] with q's head_dim, "
             f"got {q.shape=}, {pool.shape=}"
         )
+    if pool.shape[3] not in BLOCK_SIZES:
+        raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {pool.shape[3]}")
     if q.shape[1] % pool.shape[2]:
         raise ValueError(
             "num_heads must be a multiple of num_kv_heads, "

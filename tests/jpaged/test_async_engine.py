@@ -1,4 +1,6 @@
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 
@@ -407,6 +409,28 @@ def test_an_output_for_a_closed_loop_is_dropped(tiny_options):
     assert llm.is_running
     assert not llm.engine.has_unfinished
     llm.shutdown()
+
+
+def test_a_process_may_end_while_requests_run(tiny_options):
+    script = f"""
+import asyncio
+
+from jpaged import AsyncLLM, SamplingParams
+
+
+async def leave(llm):
+    outputs = llm.generate([3, 4], SamplingParams(max_tokens=100, ignore_eos=True))
+    await anext(outputs)
+
+
+llm = AsyncLLM(**{tiny_options!r})
+asyncio.run(leave(llm))
+llm._thread.join = lambda join=llm._thread.join: (join(), print("ended"))
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (0, "ended\n"), ended.stderr
 
 
 def test_bad_options_are_refused(tiny_options):

@@ -29,6 +29,7 @@ def test_text_is_not_escaped_and_blocks_are_trimmed():
 def test_helpers_of_transformers_are_there():
     tools = [{"name": "größe", "q": "<>"}]
     assert render("{{ tools | tojson }}", tools=tools) == '[{"name": "größe", "q": "<>"}]'
+    assert render("{{ tools | tojson(ensure_ascii=true) }}", tools=["ö"]) == '["\\u00f6"]'
     assert render("{{ {'b': 1, 'a': 2} | tojson(indent=1, sort_keys=true) }}").startswith("{\n")
     assert render("{{ strftime_now('%Y') }}") == str(datetime.datetime.now().astimezone().year)
     assert (
@@ -36,6 +37,7 @@ def test_helpers_of_transformers_are_there():
         == "1"
     )
     assert render("{{ bos_token }}{{ x }}", variables={"bos_token": "<s>", "x": 1}) == "<s>1"
+    assert render("a{% generation %}{{ 1 }}b{% endgeneration %}c") == "a1bc"
     assert render("{% if add_generation_prompt %}go{% endif %}") == "go"
     assert render("{% if tools is none and documents is none %}none{% endif %}") == "none"
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from helpers import needs_default_model
+from tiny_models import CASES
 
 import jpaged
 from jpaged import cli, doctor
@@ -135,11 +136,13 @@ def rows_of(text: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "compile", "doctor"])
-def test_help_names_every_option_and_its_default(command, capsys):
+def test_help_names_every_option_and_its_default(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as exit_info:
         cli.main([command, "--help"])
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
     assert text.startswith(f"usage: jpaged {command} [options]")
     if command != "doctor":
         assert "(default: 16)" in text
@@ -473,7 +476,7 @@ def test_json_lines_take_every_form_of_prompt_and_override_sampling(llms, tmp_pa
     lines = [
         {"prompt": "a", "temperature": 0, "max_tokens": 3, "id": "x"},
         {"messages": [{"role": "user", "content": "b"}], "n": 2},
-        {"prompt_token_ids": [5, 6], "cache_salt": "s"},
+        {"prompt_token_ids": [5, 6], "cache_salt": "s", "logit_bias": {"5": 1.5}},
     ]
     content = "\n".join(map(json.dumps, lines))
     code, rows = run_file(tmp_path, "p.jsonl", content, "--max-tokens", "7", "--system", "S")
@@ -484,6 +487,7 @@ def test_json_lines_take_every_form_of_prompt_and_override_sampling(llms, tmp_pa
     assert prompts[2] == {"prompt_token_ids": [5, 6], "cache_salt": "s"}
     assert [p.max_tokens for p in params] == [3, 7, 7]
     assert [p.temperature for p in params] == [0, 1, 1]
+    assert params[2].logit_bias == {5: 1.5}
     assert [row["index"] for row in rows] == [0, 1, 2]
     assert [len(row["outputs"]) for row in rows] == [1, 2, 1]
     assert rows[0]["id"] == "x"
@@ -506,6 +510,9 @@ BAD_LINES = [
     (b'{"prompt": "a", "top_p": 0}', "top_p must be in (0, 1], got 0"),
     (b'{"prompt": "a", "priority": 1}', "priority needs --policy priority, got 1"),
     (b'{"prompt": "a", "priority": "high"}', "priority must be an integer, got 'high'"),
+    (b'{"prompt": "a", "stop": [["b"]]}', "stop must hold strings only, got ['b']"),
+    (b'{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias must have integers >= 0 as token ids"),
+    (b'{"prompt": "a", "id": "\\ud800"}', "the line is not Unicode text"),
     (b'{"prompt": "too long"}', "prompt must be at most 8 tokens, got 9"),
 ]
 
@@ -522,7 +529,7 @@ def test_bad_lines_cost_only_themselves(llms, tmp_path, capsys):
         assert row.keys() <= {"index", "error"}, line
         assert message in row["error"]
         assert "\n" not in row["error"]
-    assert f"18 prompts, {len(BAD_LINES)} failed" in capsys.readouterr().err
+    assert f"{len(BAD_LINES) + 2} prompts, {len(BAD_LINES)} failed" in capsys.readouterr().err
 
 
 def test_no_engine_is_made_for_no_usable_line(llms, tmp_path, capsys):
@@ -650,7 +657,18 @@ def test_compile_list_is_a_table(llms, capsys):
         "mixed_128x8  mixed      128          8  pending",
     ]
     assert "2 programs listed" in captured.err
-    assert llms[0].options == {"max_num_seqs": 8, "compilation": "lazy"}
+    assert llms[0].options == {
+        "max_num_seqs": 8,
+        "compilation": "lazy",
+        "skip_tokenizer_init": True,
+    }
+
+
+def test_compile_lists_the_programs_of_a_bare_config(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CASES["llama_mha"]))
+    assert cli.main(["compile", "--list", "-m", str(config), "--load-format", "dummy"]) == 0
+    assert "decode_1" in capsys.readouterr().out
 
 
 def test_compile_compiles_everything_and_prints_times(llms, capsys):

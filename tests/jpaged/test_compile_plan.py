@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -235,6 +237,46 @@ def test_a_failure_on_demand_surfaces():
     for _ in range(2):
         with pytest.raises(RuntimeError, match="cannot compile mixed_16x4"):
             plan.find(3, 1, False)
+
+
+def test_a_failure_on_demand_is_forgotten_when_the_next_try_succeeds():
+    results = iter([RuntimeError("out of memory"), "compiled"])
+
+    def compile_step(shape):
+        result = next(results)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    plan = CompilePlan([SMALL], compile_step, num_threads=1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        plan.find(3, 1, False)
+    assert plan.find(3, 1, False).compiled == "compiled"
+
+
+def test_a_process_that_ends_waits_for_the_compilation_under_way():
+    script = """
+import threading
+import time
+
+from jpaged.compile_plan import CompilePlan, StepShape
+
+started = threading.Event()
+
+
+def compile_step(shape):
+    started.set()
+    time.sleep(0.2)
+    print("compiled", shape.name, flush=True)
+
+
+CompilePlan([StepShape(n, n, True) for n in (1, 2)], compile_step, num_threads=1).start()
+started.wait()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (0, "compiled decode_1\n"), ended.stderr
 
 
 def test_strict_forbids_compiling_on_demand():

@@ -153,6 +153,16 @@ def test_logprobs_are_those_of_the_model(llm, tiny_model, expected):
         )
 
 
+def test_max_logprobs_may_exceed_the_vocabulary(tiny_options):
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=96)
+    with LLM(**tiny_options, max_logprobs=200) as llm:
+        logprobs = _run(llm, PROMPTS[:1], params)[0].outputs[0].logprobs
+        assert logprobs is not None
+        assert [len(entry) for entry in logprobs] == [96]
+        with pytest.raises(ValueError, match="logprobs must be at most max_logprobs=96, got 97"):
+            llm.generate(PROMPTS[0], SamplingParams(logprobs=97))
+
+
 def test_prompt_logprobs_are_whole_although_the_prompt_is_cached(tiny_options):
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     with LLM(**tiny_options) as llm:

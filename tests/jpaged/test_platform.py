@@ -6,6 +6,7 @@ import sys
 import jax
 import jax._src.xla_bridge
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jpaged import platform
 
@@ -135,6 +136,7 @@ def jax_cache():
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def test_a_cache_directory_is_made_and_used(jax_cache, tmp_path):
@@ -143,6 +145,14 @@ def test_a_cache_directory_is_made_and_used(jax_cache, tmp_path):
     assert os.path.isdir(directory)
     assert jax.config.values["jax_compilation_cache_dir"] == directory
     assert jax.config.values["jax_persistent_cache_min_compile_time_secs"] == 0.0
+
+
+def test_another_cache_directory_is_used_from_then_on(jax_cache, tmp_path):
+    for number in range(2):
+        directory = tmp_path / str(number)
+        platform.set_compilation_cache(str(directory))
+        jax.jit(lambda x, number=number: x + number).lower(1.0).compile()
+        assert list(directory.iterdir()), f"directory {number} is used"
 
 
 def test_auto_keeps_a_directory_that_jax_was_given(jax_cache, tmp_path):
@@ -166,3 +176,27 @@ def test_a_directory_that_cannot_be_made_is_told_and_done_without(jax_cache, cap
     (tmp_path / "file").touch()
     assert platform.set_compilation_cache(str(tmp_path / "file" / "cache")) is None
     assert "no compilation cache: cannot create" in caplog.text
+
+
+def test_threads_are_ended_before_finalizers_run():
+    script = """
+import weakref
+
+from jpaged import platform
+
+
+class Worker:
+    def stop(self):
+        print("stopped")
+
+
+kept, dropped = Worker(), Worker()
+platform.call_at_exit(kept.stop)
+platform.call_at_exit(dropped.stop)
+del dropped
+weakref.finalize(kept, print, "finalized")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout == "stopped\nfinalized\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gguf
 import pytest
+import tokenizers
 from helpers import needs_default_model, shared_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -159,6 +160,36 @@ def test_directory_with_a_tokenizer_file(tmp_path):
     assert load_tokenizer(tmp_path).apply_chat_template(messages) == "B<|im_end|>"
 
 
+def test_template_for_tools_is_taken_where_tools_are_given(tmp_path):
+    default().backend.save(str(tmp_path / "tokenizer.json"))
+    named = [{"name": "default", "template": "A"}, {"name": "tool_use", "template": "{{ tools }}"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    messages = [{"role": "user", "content": "hi"}]
+    assert load_tokenizer(tmp_path).apply_chat_template(messages) == "A"
+    assert load_tokenizer(tmp_path).apply_chat_template(messages, tools=[{"x": 1}]) == "[{'x': 1}]"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("T")
+    assert load_tokenizer(tmp_path).apply_chat_template(messages, tools=[{"x": 1}]) == "T"
+
+
+def test_truncation_and_padding_of_a_tokenizer_file_are_not_applied(tmp_path):
+    backend = tokenizers.Tokenizer.from_str(default().backend.to_str())
+    backend.enable_truncation(max_length=4)
+    backend.enable_padding(length=8)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    text = "one two three four five six seven"
+    assert load_tokenizer(tmp_path).encode(text) == default().encode(text)
+    assert load_tokenizer(tmp_path).encode("one") == default().encode("one")
+
+
+def test_special_tokens_may_stand_in_a_file_of_their_own(tmp_path):
+    default().backend.save(str(tmp_path / "tokenizer.json"))
+    names = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (1, (2,))
+
+
 def test_directory_without_a_tokenizer_file_asks_transformers(tmp_path, monkeypatch):
     class AutoTokenizer:
         @staticmethod
@@ -166,6 +197,9 @@ def test_directory_without_a_tokenizer_file_asks_transformers(tmp_path, monkeypa
             assert name == str(tmp_path)
             return types.SimpleNamespace(backend_tokenizer=default().backend)
 
+    with pytest.raises(ValueError, match=r"must hold a tokenizer.json \(or, older, .*\), got none"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"")
     fake = types.SimpleNamespace(AutoTokenizer=AutoTokenizer)
     monkeypatch.setitem(sys.modules, "transformers", fake)
     tokenizer = load_tokenizer(tmp_path)
@@ -180,6 +214,10 @@ def test_directory_without_a_tokenizer_file_asks_transformers(tmp_path, monkeypa
 def test_broken_tokenizer_files_are_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json is not a readable tokenizer"):
+        load_tokenizer(tmp_path)
+    default().backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config.json is not readable JSON"):
         load_tokenizer(tmp_path)
 
 

@@ -101,9 +101,20 @@ def test_both_spellings_of_rope_parameters_agree():
     assert ModelConfig.from_hf(oldest) == ModelConfig.from_hf(newer)
 
 
-def test_dtype_is_read_from_either_name():
-    assert ModelConfig.from_hf({**TINY, "torch_dtype": "bfloat16"}).dtype == "bfloat16"
-    assert ModelConfig.from_hf({**TINY, "dtype": "float16"}).dtype == "float16"
+@pytest.mark.parametrize(
+    ("scaling", "length"),
+    [
+        # As Qwen2.5's and Qwen3's model cards have users write it: the length stays unscaled.
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ({"type": "linear", "factor": 4.0}, 512),  # Vicuna 16k
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}, 128),
+        (None, 128),
+    ],
+)
+def test_longest_sequence_follows_the_rope_scaling(scaling, length):
+    config = ModelConfig.from_hf({**TINY, "rope_scaling": scaling})
+    assert config.max_position_embeddings == length
 
 
 def test_windows_of_each_family():
@@ -118,6 +129,8 @@ def test_windows_of_each_family():
     assert typed.layer_windows == (7, None, 7)
     off = ModelConfig.from_hf({**CASES["qwen2_window_tied"], "use_sliding_window": False})
     assert off.layer_windows == (None, None, None)
+    silent = {**CASES["qwen2"], "use_sliding_window": True, "num_hidden_layers": 29}
+    assert ModelConfig.from_hf(silent).layer_windows == (*(None,) * 28, 4096)
 
 
 def test_several_end_tokens_are_kept():
@@ -145,6 +158,8 @@ def test_unknown_architecture_is_refused_with_the_known_ones():
         ({"max_position_embeddings": -1}, "max_position_embeddings must be an integer of at least"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "default, linear, llama3, yarn"),
         ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, "factor must be positive"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "factor must be given for rope_type 'yarn'"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "the same for all layers"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1, got 0.5"),
     ],
 )

@@ -150,6 +150,11 @@ def test_rope_tables_and_scalings_are_read(tmp_path):
     ("options", "text"),
     [
         ({"arch": "gemma3"}, "GGUF architecture must be one of llama, qwen2, qwen3, got 'gemma3'"),
+        ({"metadata": [("split.count", 3)]}, "split.count must be 1, got 3: merge with"),
+        (
+            {"metadata": [("llama.rope.dimension_count", 8)]},
+            "dimension_count must be the head's 16",
+        ),
         ({"metadata": [("llama.expert_count", 8)]}, r"llama.expert_count must be 0 \(dense\)"),
         ({"drop": ["token_embd.weight"]}, "tensor 'token_embd.weight' is missing"),
         ({"drop": ["blk.2.attn_k.weight"]}, "tensor 'blk.2.attn_k.weight' is missing"),

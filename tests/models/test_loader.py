@@ -73,6 +73,7 @@ def test_reachable_hub_gives_its_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert resolve_source("org/name", revision="v1") == tmp_path
     assert (asked["repo"], asked["revision"]) == ("org/name", "v1")
+    assert "consolidated*" in asked["ignore_patterns"]  # Mistral's weights would come twice
 
 
 def test_arguments_out_of_range_are_refused():

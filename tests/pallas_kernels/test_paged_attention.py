@@ -143,6 +143,7 @@ def _valid():
     [
         ({"q": jnp.zeros((5, 64))}, "must have 3, 5 and 2 axes"),
         ({"q": jnp.zeros((5, 4, 32))}, "with q's head_dim"),
+        ({"pool": jnp.zeros((9, 2, 2, 24, 64))}, r"block_size must be one of \(8, .*128\), got 24"),
         ({"q": jnp.zeros((5, 3, 64))}, "num_heads must be a multiple of num_kv_heads"),
         ({"q": jnp.zeros((5, 4, 64), jnp.bfloat16)}, "must have one dtype"),
         ({"seq_lens": jnp.zeros(3, jnp.int32)}, r"seq_lens must be \[num_seqs\]"),
