@@ -18,7 +18,7 @@ def argmax(x: jax.Array) -> jax.Array:
     """Returns the first index of each row's maximum: f32[S, V] -> i32[S].
 
     First the tile, then the place in it: XLA's CPU backend vectorises a plain maximum, but not
-    argmax (49,152 tokens, 64 rows, 2 cores: 0.3 ms instead of 13 ms).
+    argmax (49,152 tokens, 64 rows, 2 cores: 0.2 ms instead of 7 ms).
     """
     tiles = _in_tiles(x, -jnp.inf)
     tile = jnp.argmax(tiles.max(axis=2), axis=1).astype(jnp.int32)

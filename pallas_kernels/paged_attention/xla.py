@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-# Slots of context a step of either loop reads. On a 2-core CPU 128 was best of 64 to 512.
+# Slots of context a step of either loop reads: 128 was best of 64 to 256 on a 2-core CPU
+# (benchmarks/cpu_choices.py).
 TILE_KV = 128
 # Queries of a chunk handled together.
 TILE_Q = 64
