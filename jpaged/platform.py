@@ -52,7 +52,7 @@ def set_compilation_cache(cache_dir: str | None) -> str | None:
 
     Args:
         cache_dir: A directory; "auto" for the one JAX has already been given, else the default
-            one; None leaves the cache off.
+            one; None leaves JAX's own setting as it is.
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
