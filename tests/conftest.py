@@ -7,6 +7,10 @@ import tempfile
 import hypothesis
 import pytest
 
+# XLA's CPU client has as many threads as cores; the interpreter of GPU kernels blocks one for every
+# warpgroup that waits, and would never end with two.
+os.environ.setdefault("NPROC", "16")
+
 hypothesis.settings.register_profile(
     "ci",
     # A run proves the same thing every time, on however slow a machine.

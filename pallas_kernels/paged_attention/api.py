@@ -1,24 +1,97 @@
 """The public attention function: checks, choice of implementation, call."""
 
+from typing import TypeAlias
+
+import jax
 from jaxtyping import Array, Float, Int32
 
 from jpaged.pallas_kernels import registry
-from jpaged.pallas_kernels.kv_cache_layout import BLOCK_SIZES
-from jpaged.pallas_kernels.paged_attention import reference, xla
+from jpaged.pallas_kernels.kv_cache_layout import BLOCK_SIZES, KVCacheSpec
+from jpaged.pallas_kernels.paged_attention import mosaic_gpu, reference, xla
 
-_IMPLEMENTATIONS = {
+_WITHOUT_SCHEDULE = {
     "xla": xla.paged_attention,
     "reference": reference.paged_attention,
 }
 
-
-def default_implementation() -> registry.Implementation:
-    """The implementation that is used here when none is named."""
-    return _choose(None)
+Schedule: TypeAlias = mosaic_gpu.Schedule | None
+"""What `make_schedule` returns: a pytree, or None for implementations that need none."""
 
 
-def _choose(requested: registry.Implementation | None) -> registry.Implementation:
-    return registry.choose("paged_attention", requested, {"xla": list, "reference": list})
+def choose_implementation(
+    requested: registry.Implementation | None, *, num_heads: int, spec: KVCacheSpec
+) -> registry.Implementation:
+    """The implementation that serves a model's attention here.
+
+    Args:
+        requested: A name that must be honoured, or None to choose.
+        num_heads: Query heads.
+        spec: One layer's pool.
+
+    Raises:
+        NotImplementedError: The one asked for cannot serve the model here.
+    """
+
+    def mosaic_gpu_reasons() -> list[str]:
+        return mosaic_gpu.unsupported_reasons(
+            num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.dtype
+        )
+
+    candidates = {"mosaic_gpu": mosaic_gpu_reasons, "xla": list, "reference": list}
+    return registry.choose("paged_attention", requested, candidates)
+
+
+def _spec_of(pool: jax.Array) -> KVCacheSpec:
+    _, _, num_kv_heads, block_size, head_dim = pool.shape
+    return KVCacheSpec(
+        block_size=block_size, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=pool.dtype
+    )
+
+
+def make_schedule(
+    pool: Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"],
+    block_tables: Int32[Array, "num_seqs max_blocks"],
+    seq_lens: Int32[Array, " num_seqs"],
+    query_start_loc: Int32[Array, " num_seqs_plus_1"],
+    *,
+    num_tokens: int,
+    num_heads: int,
+    sliding_window: int | None = None,
+    max_query_len: int | None = None,
+    implementation: registry.Implementation | None = None,
+) -> Schedule:
+    """Who computes what in a batch: the same for all layers with one window, so made once a step.
+
+    Args:
+        pool: Any layer's pool; only its shape and dtype count.
+        block_tables: As `paged_attention`.
+        seq_lens: As `paged_attention`.
+        query_start_loc: As `paged_attention`.
+        num_tokens: Rows of q.
+        num_heads: Query heads.
+        sliding_window: As `paged_attention`.
+        max_query_len: As `paged_attention`.
+        implementation: As `paged_attention`.
+
+    Raises:
+        NotImplementedError: The implementation asked for cannot serve the problem.
+    """
+    spec = _spec_of(pool)
+    if choose_implementation(implementation, num_heads=num_heads, spec=spec) != "mosaic_gpu":
+        return None
+    return mosaic_gpu.make_schedule(
+        block_tables,
+        seq_lens,
+        query_start_loc,
+        num_tokens=num_tokens,
+        num_heads=num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        block_size=spec.block_size,
+        dtype=spec.dtype,
+        sliding_window=sliding_window,
+        max_query_len=max_query_len,
+    )
 
 
 def paged_attention(
@@ -32,6 +105,7 @@ def paged_attention(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     max_query_len: int | None = None,
+    schedule: Schedule = None,
     implementation: registry.Implementation | None = None,
 ) -> Float[Array, "num_tokens num_heads head_dim"]:
     """Causal attention of a ragged batch over the blocks its sequences own.
@@ -52,6 +126,7 @@ def paged_attention(
         sliding_window: A query sees this many tokens, itself included; all if None.
         soft_cap: Logits become `soft_cap * tanh(logits / soft_cap)`.
         max_query_len: Static upper bound of a query length, if known; 1: every row decodes.
+        schedule: From `make_schedule` with the same arguments; made here if None.
         implementation: A name never falls back; None chooses.
 
     Raises:
@@ -61,18 +136,17 @@ def paged_attention(
     _check(q, pool, block_tables, seq_lens, query_start_loc, scale, sliding_window, soft_cap)
     if max_query_len is not None and max_query_len < 1:
         raise ValueError(f"max_query_len must be at least 1, got {max_query_len}")
-    name = _choose(implementation)
-    return _IMPLEMENTATIONS[name](
-        q,
-        pool,
-        block_tables,
-        seq_lens,
-        query_start_loc,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
-        max_query_len=max_query_len,
-    )
+    name = choose_implementation(implementation, num_heads=q.shape[1], spec=_spec_of(pool))
+    options = {
+        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+        "sliding_window": sliding_window,
+        "soft_cap": soft_cap,
+        "max_query_len": max_query_len,
+    }
+    args = (q, pool, block_tables, seq_lens, query_start_loc)
+    if name == "mosaic_gpu":
+        return mosaic_gpu.paged_attention(*args, **options, schedule=schedule)
+    return _WITHOUT_SCHEDULE[name](*args, **options)
 
 
 def _check(q, pool, block_tables, seq_lens, query_start_loc, scale, sliding_window, soft_cap):

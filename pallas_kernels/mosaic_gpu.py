@@ -1,0 +1,64 @@
+"""What Mosaic GPU kernels share: when they can run, and how tiles lie in shared memory."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Streaming multiprocessors of an H100 or H200 with SXM; kernels are persistent and launch one
+# program on each.
+DEFAULT_NUM_SMS = 132
+# Bytes of shared memory a program may take on Hopper, less what Mosaic needs for its barriers.
+SMEM_BYTES = 226 * 1024
+MIN_JAX_VERSION = (0, 11, 0)
+
+
+@functools.cache
+def device_reasons() -> tuple[str, ...]:
+    """Why Mosaic GPU kernels cannot run on the default device; empty if they can."""
+    if jax.default_backend() != "gpu":
+        return (f"the device is a {jax.default_backend()}, not an NVIDIA GPU",)
+    if jax.__version_info__ < MIN_JAX_VERSION:
+        return (f"needs jax {'.'.join(map(str, MIN_JAX_VERSION))} or later",)
+    capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
+    if capability != "9.0":
+        return (f"needs compute capability 9.0 (Hopper), this GPU has {capability}",)
+    return ()
+
+
+@functools.cache
+def num_sms() -> int:
+    """Multiprocessors of the default GPU; those of an H200 where there is none."""
+    return int(getattr(jax.devices()[0], "core_count", None) or DEFAULT_NUM_SMS)
+
+
+def store(ref: Any, value: jax.Array) -> None:
+    """Stores registers to global memory, also where a warp does not fill whole cache lines."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    if hasattr(plgpu, "store"):  # from jax 0.12 on it must be said
+        plgpu.store(ref, value, optimized=False)  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        ref[...] = value
+
+
+def swizzle_bytes(columns: int, dtype: jax.typing.DTypeLike) -> int:
+    """The widest swizzle whose tiles divide rows of this many elements; 0 if there is none."""
+    row_bytes = columns * jnp.dtype(dtype).itemsize
+    return next((s for s in (128, 64, 32) if row_bytes % s == 0), 0)
+
+
+def tile_transforms(columns: int, dtype: jax.typing.DTypeLike) -> tuple:
+    """Tiling and swizzle of a shared-memory tile whose rows have this many elements.
+
+    Raises:
+        ValueError: The rows are no multiple of 32 bytes.
+    """
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    swizzle = swizzle_bytes(columns, dtype)
+    if not swizzle:
+        raise ValueError(f"rows of a tile must be a multiple of 32 bytes, got {columns=}, {dtype=}")
+    elements = swizzle // jnp.dtype(dtype).itemsize
+    return (plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(swizzle))
