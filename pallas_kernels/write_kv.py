@@ -3,22 +3,29 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from jpaged.pallas_kernels import registry
+from jpaged.pallas_kernels.mosaic_gpu import device_reasons
+
 
 def write_kv(
     pool: Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"],
     k: Float[Array, "num_tokens num_kv_heads head_dim"],
     v: Float[Array, "num_tokens num_kv_heads head_dim"],
     slot_mapping: Int32[Array, " num_tokens"],
+    *,
+    implementation: registry.Implementation | None = None,
 ) -> Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"]:
     """The pool with token `t` of `k` and `v` in slot `slot_mapping[t]`.
 
     In place where the pool is donated. A slot outside the pool is dropped, never clipped into a
-    block that belongs to somebody; padding tokens point into the null block.
+    block that belongs to somebody; padding tokens point into the null block. An implementation
+    that is named never falls back; None chooses.
 
     Raises:
         ValueError: Shapes or dtypes contradict each other.
+        NotImplementedError: The implementation asked for cannot serve the problem.
     """
-    num_kv_heads, block_size, head_dim = pool.shape[2:]
+    num_kv_heads, _, head_dim = pool.shape[2:]
     if k.shape != v.shape or k.shape[1:] != (num_kv_heads, head_dim):
         raise ValueError(
             "k and v must be [num_tokens, num_kv_heads, head_dim] of the pool, "
@@ -32,6 +39,26 @@ def write_kv(
         raise ValueError(
             f"k and v must have the pool's dtype, got {k.dtype}, {v.dtype}, {pool.dtype}"
         )
+
+    def mosaic_gpu_reasons() -> list[str]:
+        if reasons := list(device_reasons()):
+            return reasons
+        from jpaged.pallas_kernels import write_kv_mosaic_gpu
+
+        return write_kv_mosaic_gpu.unsupported_reasons(pool, k.shape[0])
+
+    name = registry.choose(
+        "write_kv", implementation, {"mosaic_gpu": mosaic_gpu_reasons, "xla": list}
+    )
+    if name == "mosaic_gpu":
+        from jpaged.pallas_kernels import write_kv_mosaic_gpu
+
+        return write_kv_mosaic_gpu.write_kv(pool, k, v, slot_mapping)
+    return _xla(pool, k, v, slot_mapping)
+
+
+def _xla(pool: Array, k: Array, v: Array, slot_mapping: Array) -> Array:
+    block_size = pool.shape[3]
     block, offset = slot_mapping // block_size, slot_mapping % block_size
     # A negative slot would count from the end of the pool; send it past the end instead.
     block = jnp.where(slot_mapping < 0, pool.shape[0], block)

@@ -57,3 +57,49 @@ def test_refuses(k_shape, v_shape, num_slots, dtype, message):
         write_kv(
             _pool(), jnp.zeros(k_shape, dtype), jnp.zeros(v_shape, dtype), jnp.zeros(num_slots, int)
         )
+
+
+@pytest.fixture
+def kernel():
+    if jax.__version_info__ < (0, 11):
+        pytest.skip("Mosaic GPU's interpret mode needs jax 0.11")
+    from jpaged.pallas_kernels import write_kv_mosaic_gpu
+
+    return write_kv_mosaic_gpu
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "head_dim", "dtype"),
+    [(8, 128, "bfloat16"), (3, 64, "bfloat16"), (5, 80, "float16"), (1, 96, "bfloat16")],
+)
+def test_mosaic_gpu_equals_xla(kernel, num_kv_heads, head_dim, dtype):
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.dtype(dtype))
+
+    pool = normal(5, 2, num_kv_heads, 8, head_dim)
+    k, v = normal(6, num_kv_heads, head_dim), normal(6, num_kv_heads, head_dim)
+    slots = jnp.array([9, -1, 39, 40, 16, 0], jnp.int32)
+    expected = write_kv(pool, k, v, slots, implementation="xla")
+    actual = kernel.write_kv(pool, k, v, slots, interpret=True)
+    np.testing.assert_array_equal(actual.astype(jnp.float32), expected.astype(jnp.float32))
+
+
+@pytest.mark.parametrize(("num_kv_heads", "head_dim"), [(8, 128), (40, 256), (3, 64), (1, 80)])
+def test_mosaic_gpu_lowers_for_cuda_in_place(kernel, num_kv_heads, head_dim):
+    # More elements than 32 bits can count.
+    pool = jax.ShapeDtypeStruct((200_000, 2, num_kv_heads, 128, head_dim), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((256, num_kv_heads, head_dim), jnp.bfloat16)
+    slots = jax.ShapeDtypeStruct((256,), jnp.int32)
+    step = jax.jit(kernel.write_kv, donate_argnums=0)
+    text = step.trace(pool, kv, kv, slots).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
+    assert "output_operand_alias" in text
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="it can run here")
+def test_mosaic_gpu_asked_for_where_it_cannot_run():
+    k, v = _kv(2)
+    with pytest.raises(NotImplementedError, match="mosaic_gpu cannot run here"):
+        write_kv(_pool(), k, v, jnp.array([9, 10]), implementation="mosaic_gpu")

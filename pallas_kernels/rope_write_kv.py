@@ -1,0 +1,130 @@
+"""Rotating a step's queries and keys and writing its keys and values, in one operation."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from jpaged.pallas_kernels import registry
+from jpaged.pallas_kernels.add_rms_norm import merge_partials
+from jpaged.pallas_kernels.mosaic_gpu import device_reasons
+from jpaged.pallas_kernels.write_kv import write_kv
+
+
+def rope_write_kv(
+    pool: Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"],
+    qkv: Float[Array, "*num_parts num_tokens qkv_size"],
+    cos: Float[Array, "num_tokens half_head_dim"],
+    sin: Float[Array, "num_tokens half_head_dim"],
+    slot_mapping: Int32[Array, " num_tokens"],
+    *,
+    num_heads: int,
+    implementation: registry.Implementation | None = None,
+) -> tuple[
+    Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"],
+    Float[Array, "num_tokens num_heads head_dim"],
+]:
+    """The pool with the tokens' rotated keys and their values in their slots, and rotated queries.
+
+    In place where the pool is donated. The two halves of a head are a pair; they are rotated in
+    float32 and rounded once. Slots are as in `write_kv`: one outside the pool is dropped.
+
+    Args:
+        pool: The layer's block pool, see `kv_cache_layout`.
+        qkv: The heads of queries, keys and values of each token, one after another, in the pool's
+            dtype; or the partial sums f32[num_parts, num_tokens, qkv_size] of a matmul that was
+            split over its contraction, which are added in order and rounded as the unsplit
+            matmul's result.
+        cos: f32 cosine of each pair's angle.
+        sin: f32 sine of it.
+        slot_mapping: Slot of each token's key and value.
+        num_heads: Heads of queries.
+        implementation: A name never falls back; None chooses.
+
+    Raises:
+        ValueError: Shapes or dtypes contradict each other.
+        NotImplementedError: The implementation asked for cannot serve the problem.
+    """
+    _check(pool, qkv, cos, sin, slot_mapping, num_heads)
+
+    def mosaic_gpu_reasons() -> list[str]:
+        if reasons := list(device_reasons()):
+            return reasons
+        from jpaged.pallas_kernels import rope_write_kv_mosaic_gpu
+
+        return rope_write_kv_mosaic_gpu.unsupported_reasons(pool, qkv.shape[-2])
+
+    name = registry.choose(
+        "rope_write_kv", implementation, {"mosaic_gpu": mosaic_gpu_reasons, "xla": list}
+    )
+    if name == "mosaic_gpu":
+        from jpaged.pallas_kernels import rope_write_kv_mosaic_gpu
+
+        return rope_write_kv_mosaic_gpu.rope_write_kv(
+            pool, qkv, cos, sin, slot_mapping, num_heads=num_heads
+        )
+    return _xla(pool, qkv, cos, sin, slot_mapping, num_heads)
+
+
+def _xla(
+    pool: Array, qkv: Array, cos: Array, sin: Array, slot_mapping: Array, num_heads: int
+) -> tuple[Array, Array]:
+    num_kv_heads, _, head_dim = pool.shape[2:]
+    if qkv.ndim == 3:
+        qkv = merge_partials(qkv, pool.dtype)
+    qkv = qkv.reshape(qkv.shape[0], -1, head_dim)
+    q, k, v = jnp.split(qkv, [num_heads, num_heads + num_kv_heads], axis=1)
+    pool = write_kv(pool, rotate(k, cos, sin), v, slot_mapping, implementation="xla")
+    return pool, rotate(q, cos, sin)
+
+
+def rotate(
+    x: Float[Array, "num_tokens num_heads head_dim"],
+    cos: Float[Array, "num_tokens half_head_dim"],
+    sin: Float[Array, "num_tokens half_head_dim"],
+) -> Float[Array, "num_tokens num_heads head_dim"]:
+    """Heads rotated by their tokens' angles; the two halves of a head are a pair."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def _check(
+    pool: jax.Array,
+    qkv: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    slot_mapping: jax.Array,
+    num_heads: int,
+) -> None:
+    if pool.ndim != 5 or pool.shape[1] != 2 or pool.shape[4] % 2:
+        raise ValueError(
+            "pool must be [num_blocks, 2, num_kv_heads, block_size, head_dim] with an even "
+            f"head_dim, got {pool.shape=}"
+        )
+    num_kv_heads, _, head_dim = pool.shape[2:]
+    if num_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            "num_heads must be a multiple of num_kv_heads, "
+            f"got num_heads={num_heads}, num_kv_heads={num_kv_heads}"
+        )
+    qkv_size = (num_heads + 2 * num_kv_heads) * head_dim
+    if qkv.ndim not in (2, 3) or qkv.shape[-1] != qkv_size or 0 in qkv.shape[:-2]:
+        raise ValueError(
+            "qkv must be [num_tokens, qkv_size] or [num_parts, num_tokens, qkv_size] with "
+            f"qkv_size={qkv_size}, got {qkv.shape=}"
+        )
+    num_tokens = qkv.shape[-2]
+    if cos.shape != (num_tokens, head_dim // 2) or sin.shape != cos.shape:
+        raise ValueError(
+            f"cos and sin must be [num_tokens, head_dim / 2], got {cos.shape=}, {sin.shape=}"
+        )
+    if slot_mapping.shape != (num_tokens,):
+        raise ValueError(
+            f"slot_mapping must be [num_tokens], got {slot_mapping.shape=}, {qkv.shape=}"
+        )
+    expected = pool.dtype if qkv.ndim == 2 else jnp.dtype(jnp.float32)
+    if qkv.dtype != expected:
+        raise ValueError(f"qkv of {qkv.ndim} axes must be {expected}, got {qkv.dtype}")
+    if cos.dtype != jnp.float32 or sin.dtype != jnp.float32:
+        raise ValueError(f"cos and sin must be float32, got {cos.dtype}, {sin.dtype}")
