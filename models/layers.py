@@ -15,7 +15,16 @@ from jaxtyping import Array, Float
 from jpaged.models.attention import AttentionMetadata
 from jpaged.models.config import ModelConfig
 from jpaged.models.rope import Rope, rotate
-from jpaged.pallas_kernels import paged_attention, write_kv
+from jpaged.pallas_kernels import (
+    add_rms_norm,
+    linear,
+    num_splits,
+    paged_attention,
+    rms_norm,
+    rope_write_kv,
+    write_kv,
+)
+from jpaged.pallas_kernels.paged_attention import Schedule
 
 
 def matmul(x: Array, w: Array, *, contract: tuple[int, int] = (1, 0)) -> Array:
@@ -39,10 +48,21 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "num_tokens size_in"]) -> Float[Array, "num_tokens out"]:
         """Returns the projection of x, in x's dtype."""
-        out = matmul(x, self.kernel[...])
+        if self.bias is None:
+            return linear(x, self.kernel[...])
+        out = linear(x, self.kernel[...], out_dtype=jnp.float32)
+        return (out + self.bias[...].astype(jnp.float32)[None, :]).astype(x.dtype)
+
+    def parts(self, x: Float[Array, "num_tokens size_in"]) -> Float[Array, "*parts num_tokens out"]:
+        """Returns the projection, or float32 parts of it where those are faster to compute.
+
+        For a reader that can add them on its way.
+        """
+        kernel = self.kernel[...]
         if self.bias is not None:
-            out = out + self.bias[...].astype(jnp.float32)[None, :]
-        return out.astype(x.dtype)
+            return self(x)
+        splits = num_splits(x.shape[0], *kernel.shape, dtype=x.dtype)
+        return linear(x, kernel, num_splits=splits)
 
 
 class RMSNorm(nnx.Module):
@@ -54,10 +74,15 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows size"]) -> Float[Array, "*rows size"]:
         """Returns x normalised, in x's dtype."""
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        weight = self.weight[...].reshape((1,) * (x.ndim - 1) + (-1,))
-        return x32.astype(x.dtype) * weight
+        return rms_norm(x, self.weight[...], self.eps)
+
+    def after_adding(
+        self,
+        delta: Float[Array, "*parts num_tokens size"] | None,
+        residual: Float[Array, "num_tokens size"],
+    ) -> tuple[Float[Array, "num_tokens size"], Float[Array, "num_tokens size"]]:
+        """Returns the stream with delta (whole or in parts) added to it, and that normalised."""
+        return add_rms_norm(residual, delta, self.weight[...], self.eps)
 
 
 class Embedding(nnx.Module):
@@ -92,15 +117,20 @@ class Attention(nnx.Module):
         rope: Rope,
         pool: Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"],
         metadata: AttentionMetadata,
-    ) -> tuple[Float[Array, "num_tokens hidden_size"], Array]:
+        schedule: Schedule,
+    ) -> tuple[Float[Array, "*parts num_tokens hidden_size"], Array]:
         """Returns what attention adds to the stream, and the pool with this step's K and V."""
-        qkv = self.qkv_proj(x).reshape(x.shape[0], -1, self.head_dim)
-        q, k, v = jnp.split(qkv, [self.num_heads, self.num_heads + self.num_kv_heads], axis=1)
+        slots = metadata.slot_mapping
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        pool = write_kv(pool, rotate(k, rope), v, metadata.slot_mapping)
+            qkv = self.qkv_proj(x).reshape(x.shape[0], -1, self.head_dim)
+            q, k, v = jnp.split(qkv, [self.num_heads, self.num_heads + self.num_kv_heads], axis=1)
+            q = rotate(self.q_norm(q), rope)
+            pool = write_kv(pool, rotate(self.k_norm(k), rope), v, slots)
+        else:
+            qkv = self.qkv_proj.parts(x)
+            pool, q = rope_write_kv(pool, qkv, rope.cos, rope.sin, slots, num_heads=self.num_heads)
         out = paged_attention(
-            rotate(q, rope),
+            q,
             pool,
             metadata.block_tables,
             metadata.seq_lens,
@@ -108,9 +138,10 @@ class Attention(nnx.Module):
             scale=self.head_dim**-0.5,
             sliding_window=self.sliding_window,
             max_query_len=metadata.max_query_len,
+            schedule=schedule,
             implementation=metadata.implementation,
         )
-        return self.o_proj(out.reshape(x.shape[0], -1)), pool
+        return self.o_proj.parts(out.reshape(x.shape[0], -1)), pool
 
 
 class MLP(nnx.Module):
@@ -121,7 +152,13 @@ class MLP(nnx.Module):
         self.gate_up_proj = Linear(size, 2 * width, bias=config.mlp_bias, dtype=dtype)
         self.down_proj = Linear(width, size, bias=config.mlp_bias, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "num_tokens size"]) -> Float[Array, "num_tokens size"]:
-        """Returns what the MLP adds to the stream."""
-        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(jax.nn.silu(gate) * up)
+    def __call__(
+        self, x: Float[Array, "num_tokens size"]
+    ) -> Float[Array, "*parts num_tokens size"]:
+        """Returns what the MLP adds to the stream, maybe in parts."""
+        if self.gate_up_proj.bias is None:
+            hidden = linear(x, self.gate_up_proj.kernel[...], activation="silu_mul")
+        else:
+            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+            hidden = jax.nn.silu(gate) * up
+        return self.down_proj.parts(hidden)

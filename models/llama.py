@@ -17,6 +17,7 @@ from jpaged.models.attention import AttentionMetadata
 from jpaged.models.config import ModelConfig
 from jpaged.models.layers import MLP, Attention, Embedding, RMSNorm, matmul
 from jpaged.models.rope import Rope, make_rope, rope_frequencies
+from jpaged.pallas_kernels.paged_attention import Schedule, make_schedule
 
 
 class DecoderLayer(nnx.Module):
@@ -32,24 +33,30 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, dtype=dtype)
 
     def __call__(
-        self, x: Array, rope: Rope, pool: Array, metadata: AttentionMetadata
-    ) -> tuple[Array, Array]:
-        """Returns the stream after this layer, and its pool."""
-        attended, pool = self.self_attn(self.input_layernorm(x), rope, pool, metadata)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), pool
+        self,
+        x: Array,
+        delta: Array | None,
+        rope: Rope,
+        pool: Array,
+        metadata: AttentionMetadata,
+        schedule: Schedule,
+    ) -> tuple[Array, Array, Array]:
+        """Returns the stream, what this layer's MLP is yet to add to it, and the pool.
+
+        `delta` is what the layer before is yet to add: additions wait for the norm behind them,
+        which reads the stream anyway.
+        """
+        x, normed = self.input_layernorm.after_adding(delta, x)
+        attended, pool = self.self_attn(normed, rope, pool, metadata, schedule)
+        x, normed = self.post_attention_layernorm.after_adding(attended, x)
+        return x, self.mlp(normed), pool
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_layer(
-    graphdef: nnx.GraphDef[DecoderLayer],
-    state: nnx.State,
-    x: Array,
-    rope: Rope,
-    pool: Array,
-    metadata: AttentionMetadata,
-) -> tuple[Array, Array]:
-    return nnx.merge(graphdef, state)(x, rope, pool, metadata)
+    graphdef: nnx.GraphDef[DecoderLayer], state: nnx.State, *args: Any
+) -> tuple[Array, Array, Array]:
+    return nnx.merge(graphdef, state)(*args)
 
 
 class LlamaForCausalLM(nnx.Module):
@@ -90,11 +97,26 @@ class LlamaForCausalLM(nnx.Module):
         )
         # The host has checked the ids; the clip only keeps padding harmless.
         x = self.embed_tokens.weight[...].at[token_ids].get(mode="clip")
-        new_pools = []
+        schedules = {
+            window: make_schedule(
+                pools[0],
+                metadata.block_tables,
+                metadata.seq_lens,
+                metadata.query_start_loc,
+                num_tokens=x.shape[0],
+                num_heads=config.num_heads,
+                sliding_window=window,
+                max_query_len=metadata.max_query_len,
+                implementation=metadata.implementation,
+            )
+            for window in dict.fromkeys(config.layer_windows)
+        }
+        delta, new_pools = None, []
         for layer, pool in zip(self.layers, pools, strict=True):
-            x, pool = _run_layer(*nnx.split(layer), x, rope, pool, metadata)
+            schedule = schedules[layer.self_attn.sliding_window]
+            x, delta, pool = _run_layer(*nnx.split(layer), x, delta, rope, pool, metadata, schedule)
             new_pools.append(pool)
-        return self.norm(x), tuple(new_pools)
+        return self.norm.after_adding(delta, x)[1], tuple(new_pools)
 
     @staticmethod
     def project(

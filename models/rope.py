@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jpaged import pallas_kernels
+
 KNOWN_SCALINGS = ("linear", "llama3", "yarn")
 
 
@@ -180,7 +182,4 @@ def rotate(
     x: Float[Array, "num_tokens num_heads head_dim"], rope: Rope
 ) -> Float[Array, "num_tokens num_heads head_dim"]:
     """Returns x rotated; the two halves of a head are a pair, as Hugging Face lays them out."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = rope.cos[:, None, :], rope.sin[:, None, :]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    return pallas_kernels.rotate(x, rope.cos, rope.sin)
