@@ -25,25 +25,37 @@ MIN_MIXED_SEQS = 8
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
 class StepShape:
-    """Padded size of a step: flat tokens, sequences, and whether every sequence decodes."""
+    """Padded size of a step and what it leaves out.
+
+    Attributes:
+        num_tokens: flat tokens.
+        num_seqs: sequences.
+        decode_only: whether every sequence decodes.
+        greedy: whether every sequence takes its most likely token and asks for nothing else.
+    """
 
     num_tokens: int
     num_seqs: int
     decode_only: bool
+    greedy: bool = False
 
     @property
     def name(self) -> str:
         """How the shape is called in lists and logs."""
+        suffix = "_greedy" if self.greedy else ""
         if self.decode_only:
-            return f"decode_{self.num_seqs}"
-        return f"mixed_{self.num_tokens}x{self.num_seqs}"
+            return f"decode_{self.num_seqs}{suffix}"
+        return f"mixed_{self.num_tokens}x{self.num_seqs}{suffix}"
 
-    def holds(self, num_tokens: int, num_seqs: int, decode_only: bool) -> bool:
+    def holds(
+        self, num_tokens: int, num_seqs: int, decode_only: bool, greedy: bool = False
+    ) -> bool:
         """Whether a step of this real size fits."""
         return (
             num_tokens <= self.num_tokens
             and num_seqs <= self.num_seqs
             and (decode_only or not self.decode_only)
+            and (greedy or not self.greedy)
         )
 
 
@@ -56,16 +68,29 @@ def _powers(start: int, stop: int, factor: int) -> list[int]:
     return [*sizes, stop]
 
 
-def step_shapes(max_num_batched_tokens: int, max_num_seqs: int) -> tuple[StepShape, ...]:
+def step_shapes(
+    max_num_batched_tokens: int, max_num_seqs: int, *, on_accelerator: bool = False
+) -> tuple[StepShape, ...]:
     """Every shape a step may have, in the order in which they are worth compiling.
 
     Decode steps pad their sequences to a power of two. Mixed steps pad their tokens to a power of
     two, since a chunk's cost follows them, and their sequences to a power of eight, since those
     cost only the last layer's logits; no mixed step has more sequences than tokens.
+
+    Args:
+        max_num_batched_tokens: Tokens of the largest step.
+        max_num_seqs: Sequences of the largest step.
+        on_accelerator: Small steps cost an accelerator as much as somewhat larger ones, so there
+            are fewer of them. Every shape comes a second time for steps that only take the most
+            likely tokens: the conditions of the full sampler make the host wait for the step.
     """
-    decode = [StepShape(n, n, True) for n in _powers(1, max_num_seqs, 2)]
-    seq_sizes = _powers(min(MIN_MIXED_SEQS, max_num_seqs), max_num_seqs, 8)
-    token_sizes = _powers(min(MIN_CHUNK_TOKENS, max_num_batched_tokens), max_num_batched_tokens, 2)
+    min_tokens, min_seqs, min_decodes = MIN_CHUNK_TOKENS, MIN_MIXED_SEQS, 1
+    if on_accelerator:
+        min_tokens, min_seqs, min_decodes = 64, 64, 8
+    decodes = _powers(min(min_decodes, max_num_seqs), max_num_seqs, 2)
+    decode = [StepShape(n, n, True) for n in decodes]
+    seq_sizes = _powers(min(min_seqs, max_num_seqs), max_num_seqs, 8)
+    token_sizes = _powers(min(min_tokens, max_num_batched_tokens), max_num_batched_tokens, 2)
     mixed = [
         StepShape(tokens, seqs, False)
         for tokens in token_sizes
@@ -75,7 +100,10 @@ def step_shapes(max_num_batched_tokens: int, max_num_seqs: int) -> tuple[StepSha
     # The largest mixed shape holds any step, so it comes first after what a lone request needs.
     first = [s for s in (*mixed, *decode) if s.num_seqs <= MIN_MIXED_SEQS and s.num_tokens <= 64]
     rest = [s for s in (*reversed(mixed), *reversed(decode)) if s not in first]
-    return (*first, *rest)
+    shapes = (*first, *rest)
+    if not on_accelerator:
+        return shapes
+    return (*shapes, *(dataclasses.replace(shape, greedy=True) for shape in shapes))
 
 
 class ProgramState(enum.StrEnum):
@@ -204,16 +232,18 @@ class CompilePlan:
             thread.join()
         self._threads.clear()
 
-    def find(self, num_tokens: int, num_seqs: int, decode_only: bool) -> StepProgram:
+    def find(
+        self, num_tokens: int, num_seqs: int, decode_only: bool, greedy: bool = False
+    ) -> StepProgram:
         """The cheapest compiled program that holds the step, compiled now if there is none.
 
         Raises:
             ValueError: No shape of the plan is large enough.
         """
         ideal = None
-        start = bisect.bisect_left(self._costs, (num_tokens, num_seqs, False))
+        start = bisect.bisect_left(self._costs, (num_tokens, num_seqs, False, False))
         for program in self._by_cost[start:]:
-            if program.shape.holds(num_tokens, num_seqs, decode_only):
+            if program.shape.holds(num_tokens, num_seqs, decode_only, greedy):
                 ideal = ideal or program
                 if program is ideal and program.state is ProgramState.READY:
                     return program
@@ -299,5 +329,5 @@ def _is_over(program: Program) -> bool:
     return program.state in (ProgramState.READY, ProgramState.FAILED)
 
 
-def _cost(shape: StepShape) -> tuple[int, int, bool]:
-    return (shape.num_tokens, shape.num_seqs, not shape.decode_only)
+def _cost(shape: StepShape) -> tuple[int, int, bool, bool]:
+    return (shape.num_tokens, shape.num_seqs, not shape.decode_only, not shape.greedy)

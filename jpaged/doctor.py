@@ -139,10 +139,10 @@ def _device(device: Any) -> dict[str, Any]:
 def _choices(backend: str, devices: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
     """What an engine without options would use on this machine, and why."""
     from jpaged.models import loader
-    from jpaged.pallas_kernels.paged_attention.api import default_implementation
+    from jpaged.pallas_kernels.mosaic_gpu import device_reasons
 
     dtype = loader.default_dtype()
-    attention = default_implementation()
+    reasons = device_reasons()
     dtype_whys = {
         "float32": "a CPU computes it fastest",
         "float16": "this GPU emulates bfloat16 (compute capability below 8.0)",
@@ -162,7 +162,12 @@ def _choices(backend: str, devices: list[dict[str, Any]]) -> dict[str, dict[str,
             "why": "JAX's default; JAX_PLATFORMS chooses another",
         },
         "dtype": {"use": dtype, "why": f"{dtype_whys[dtype]}; --dtype"},
-        "attention": {"use": attention, "why": "the first that serves this device"},
+        "kernels": {
+            "use": "xla" if reasons else "mosaic_gpu",
+            "why": f"no Mosaic GPU kernels: {'; '.join(reasons)}"
+            if reasons
+            else "Hopper; shapes that no kernel serves go to xla, which is logged",
+        },
         "block pool": {"use": pool, "why": pool_why},
         "budgets": {
             "use": f"{seqs} sequences, {tokens} tokens a step",

@@ -24,6 +24,10 @@ from jpaged.scheduler_output import SchedulerOutput
 # Steps in flight at most: the one that runs and the one that is filled, and one to spare.
 NUM_BUFFERS = 3
 
+# Ints (256 bytes): XLA hands a field to a GPU kernel where it lies, and the kernel's bulk copies
+# want it aligned.
+ALIGNMENT = 64
+
 PENDING_TOKEN = -1
 """In `token_ids`: the token this sequence sampled last, which only the device knows yet."""
 NO_TOKEN = -1
@@ -73,7 +77,7 @@ def _fields(shape: StepShape, max_blocks: int) -> tuple[tuple[int, int, tuple[in
     for field_shape in shapes:
         end = start + int(np.prod(field_shape))
         fields.append((start, end, field_shape))
-        start = end
+        start = -(-end // ALIGNMENT) * ALIGNMENT
     return tuple(fields)
 
 

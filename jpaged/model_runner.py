@@ -94,7 +94,7 @@ class StepHandle:
         prompt = self._outputs.get("prompt")
         return StepResult(
             tokens,
-            _Logprobs(self._outputs["sampled"]),
+            _Logprobs(self._outputs.get("sampled")),
             None if prompt is None else _Logprobs(prompt),
         )
 
@@ -123,9 +123,14 @@ class ModelRunner:
         self.max_logprobs = vocab_size if limit == -1 else min(limit, vocab_size)
         self.max_blocks_per_seq = -(-scheduler_config.max_model_len // config.block_size)
         self._num_rows = scheduler_config.max_num_seqs
-        shapes = step_shapes(scheduler_config.max_num_batched_tokens, scheduler_config.max_num_seqs)
+        shapes = step_shapes(
+            scheduler_config.max_num_batched_tokens,
+            scheduler_config.max_num_seqs,
+            on_accelerator=jax.default_backend() != "cpu",
+        )
         self._banning: list[RequestSampling | None] = [None] * self._num_rows
         self._wants_prompt = [False] * self._num_rows
+        self._is_greedy = [False] * self._num_rows
         self._bias_size = vocab_size
         # Before the pool is sized by what is left of the memory.
         self._params = loaded.params
@@ -185,6 +190,10 @@ class ModelRunner:
             params, token_ids, arrays.positions, pools, metadata
         )
         last = jnp.maximum(arrays.query_start_loc[1:] - 1, 0)
+        if shape.greedy:
+            logits = self._model.logits(params, hidden[last])
+            tokens, state = sampler.sample_greedy(logits, arrays.rows, arrays.samples, state)
+            return pools, state, {"tokens": tokens}
         inputs = sampler.unpack_sampling_inputs(
             arrays.sampling_rows,
             arrays.seq_lens,
@@ -283,7 +292,7 @@ class ModelRunner:
 
     def _step_temp_bytes(self, shapes: tuple[StepShape, ...], num_blocks: int) -> int:
         """Bytes the largest step needs beside its arguments, from its compiled form."""
-        largest = max(shapes, key=lambda s: (s.num_tokens, s.num_seqs))
+        largest = max(shapes, key=lambda s: (s.num_tokens, s.num_seqs, not s.greedy))
         analysis = self._lower(largest, num_blocks).compile().memory_analysis()
         if analysis is None:
             return 0
@@ -305,6 +314,7 @@ class ModelRunner:
         self._batch.set_row(row, sampling.row(seq.seq_index))
         self._banning[row] = sampling if sampling.may_ban else None
         self._wants_prompt[row] = prompt_logprobs
+        self._is_greedy[row] = sampling.is_plain_greedy and not prompt_logprobs
         if not sampling.needs_state:
             return
         token_ids = np.full(self._max_model_len, -1, np.int32)
@@ -330,7 +340,8 @@ class ModelRunner:
         assert not scheduled.block_copies, "nothing forks yet, so nothing is copied"
         num_seqs = len(scheduled.seqs)
         decode_only = scheduled.num_decodes == num_seqs and not self._needs_prompt(scheduled)
-        program = self.plan.find(scheduled.num_batched_tokens, num_seqs, decode_only)
+        greedy = all(map(self._takes_argmax, scheduled.seqs))
+        program = self.plan.find(scheduled.num_batched_tokens, num_seqs, decode_only, greedy)
         packed = self._batch.fill(
             scheduled, program.shape, self._bans_of, self._wants_prompt_logprobs
         )
@@ -350,6 +361,10 @@ class ModelRunner:
     def _wants_prompt_logprobs(self, seq: Sequence) -> bool:
         assert seq.row is not None, f"{seq} is scheduled without a row"
         return self._wants_prompt[seq.row]
+
+    def _takes_argmax(self, seq: Sequence) -> bool:
+        assert seq.row is not None, f"{seq} is scheduled without a row"
+        return self._is_greedy[seq.row]
 
     def _needs_prompt(self, scheduled: SchedulerOutput) -> bool:
         """Whether log-probabilities of a prompt are wanted, which decode programs leave out."""

@@ -18,7 +18,7 @@ from jax import lax
 
 from jpaged.sampling_params import GREEDY_EPSILON
 from jpaged.sampling_rows import Column
-from jpaged.token_choice import argmax, draw, kept_weights, uniforms
+from jpaged.token_choice import argmax, draw, kept_weights, top_k, uniforms
 
 
 @jax.tree_util.register_dataclass
@@ -245,6 +245,26 @@ def sample(
     return output, state
 
 
+def sample_greedy(
+    logits: jax.Array, rows: jax.Array, samples: jax.Array, state: SamplerState
+) -> tuple[jax.Array, SamplerState]:
+    """Returns the most likely token of each row, i32[S], and the state with them stored.
+
+    What `sample` does for rows that ask for nothing else, without its conditions.
+
+    Args:
+        logits: f32[S, V].
+        rows: i32[S], their rows in the state.
+        samples: bool[S] or i32[S], see `SamplingInputs`.
+        state: donate it.
+    """
+    tokens = argmax(logits.astype(jnp.float32))
+    num_rows = state.last_tokens.shape[0]
+    sampled_rows = jnp.where(samples.astype(jnp.bool_), rows, num_rows)  # past the end: dropped
+    last_tokens = state.last_tokens.at[sampled_rows].set(tokens, mode="drop")
+    return tokens, dataclasses.replace(state, last_tokens=last_tokens)
+
+
 def token_logprobs(logits: jax.Array, token_ids: jax.Array, *, max_logprobs: int) -> TokenLogprobs:
     """Returns the logprobs of given tokens, as for the next tokens of a prompt.
 
@@ -338,7 +358,7 @@ def _logprobs(
     none = _no_logprobs(tokens.shape[0], max_logprobs)
     top_logits, top_token_ids = lax.cond(
         (num_logprobs > 0).any(),
-        lambda: tuple(lax.top_k(logits, max_logprobs)),
+        lambda: top_k(logits, max_logprobs),
         lambda: (none.top_logprobs, none.top_token_ids),
     )
     return TokenLogprobs(

@@ -123,6 +123,12 @@ class RequestSampling:
         self._row = self._make_row(vocab_size, seed if params.seed is None else params.seed)
 
     @property
+    def is_plain_greedy(self) -> bool:
+        """Whether all that is wanted is the most likely token of the logits as they are."""
+        asks_more = self.needs_state or self.may_ban or self._params.logprobs is not None
+        return self._params.is_greedy and not asks_more
+
+    @property
     def may_ban(self) -> bool:
         """Whether `bans` can ever return anything."""
         return bool(self._words or self._stop_bans)

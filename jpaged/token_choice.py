@@ -1,4 +1,4 @@
-"""Choosing one token a row from processed logits: the most likely one, or a random draw.
+"""Choosing tokens of each row from its logits: the most likely ones, or one random draw.
 
 Nothing here sorts the vocabulary or reads a neighbour: a row's result is the same in any batch.
 """
@@ -24,6 +24,31 @@ def argmax(x: jax.Array) -> jax.Array:
     tile = jnp.argmax(tiles.max(axis=2), axis=1).astype(jnp.int32)
     lane = jnp.argmax(_tile_of(tiles, tile), axis=1).astype(jnp.int32)
     return jnp.minimum(tile * _TILE + lane, x.shape[1] - 1)
+
+
+def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Returns each row's k largest values, f32[S, k], and their indices, i32[S, k].
+
+    As `lax.top_k`: largest first, equal ones by index; but zeros of both signs in any order.
+    XLA's GPU backend makes that a sort of whole rows. Here only the tiles are sorted, by their
+    maxima, then the elements of the first k of them: an element of any other tile comes after k
+    maxima.
+
+    Args:
+        x: f32[S, V].
+        k: static, at most V.
+    """
+    if 2 * k * _TILE > x.shape[1]:
+        values, indices = lax.top_k(x, k)
+        return values, indices
+    tiles = _in_tiles(x, -jnp.inf)
+    _, chosen = lax.top_k(tiles.max(axis=2), k)
+    # In the order of the vocabulary, which is that of equal values; the padding stays last.
+    chosen = jnp.sort(chosen, axis=1)
+    candidates = jnp.take_along_axis(tiles, chosen[:, :, None], axis=1).reshape(x.shape[0], -1)
+    values, places = lax.top_k(candidates, k)
+    tile = jnp.take_along_axis(chosen, places // _TILE, axis=1)
+    return values, tile * _TILE + places % _TILE
 
 
 def kept_weights(

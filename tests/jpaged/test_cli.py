@@ -685,7 +685,7 @@ def test_doctor_reports_this_machine(capsys):
     assert (code, report["problems"]) == (0, [])
     assert report["versions"]["jpaged"] == jpaged.__version__
     assert report["devices"]
-    assert report["choices"].keys() == {"device", "dtype", "attention", "block pool", "budgets"}
+    assert report["choices"].keys() == {"device", "dtype", "kernels", "block pool", "budgets"}
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
     for word in ("versions", "devices", "default model", "compilation cache", "would be used"):

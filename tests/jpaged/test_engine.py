@@ -1,3 +1,4 @@
+import functools
 import math
 import re
 
@@ -6,8 +7,8 @@ import numpy as np
 import pytest
 import tiny_models
 
-from jpaged import LLM, SamplingParams
-from jpaged.compile_plan import StepShape
+from jpaged import LLM, SamplingParams, model_runner
+from jpaged.compile_plan import StepProgram, StepShape
 from jpaged.models.loader import load_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -234,11 +235,57 @@ def test_abort_frees_blocks_at_once_and_spares_the_others(llm, expected):
     _assert_idle(llm)
 
 
+@pytest.fixture
+def accelerator_shapes(monkeypatch):
+    shapes = functools.partial(model_runner.step_shapes, on_accelerator=True)
+    monkeypatch.setattr(model_runner, "step_shapes", lambda *args, **_: shapes(*args))
+
+
+def _kinds_that_ran(llm):
+    """Whether greedy programs, or others, or both have been compiled."""
+    programs = llm.engine.runner.plan.programs
+    return {p.shape.greedy for p in programs if isinstance(p, StepProgram) and p.compiled}
+
+
+@pytest.mark.usefixtures("accelerator_shapes")
+def test_greedy_programs_run_only_what_is_greedy(tiny_options, expected):
+    with LLM(**tiny_options) as llm:
+        assert _ids(_run(llm, PROMPTS, GREEDY)) == expected
+        assert _kinds_that_ran(llm) == {True}
+        drawn = SamplingParams(temperature=0.9, seed=11, max_tokens=20, ignore_eos=True)
+        asking = SamplingParams(temperature=0, logprobs=1, max_tokens=20, ignore_eos=True)
+        penal = SamplingParams(temperature=0, presence_penalty=1.5, max_tokens=9, ignore_eos=True)
+        params = [GREEDY, drawn, asking, GREEDY, penal, GREEDY]
+        outputs = _run(llm, PROMPTS, params)
+        assert _kinds_that_ran(llm) == {True, False}
+        for i in (0, 2, 3, 5):
+            assert outputs[i].outputs[0].token_ids == expected[i]
+        assert outputs[0].outputs[0].logprobs is None
+        assert len(outputs[2].outputs[0].logprobs or ()) == 20
+        _assert_idle(llm)
+    with LLM(**{**tiny_options, "max_num_seqs": 1}) as llm:
+        alone = _run(llm, PROMPTS, params)
+    assert _ids(alone) == _ids(outputs)
+
+
+@pytest.mark.usefixtures("accelerator_shapes")
+def test_prompt_logprobs_keep_a_step_from_the_greedy_programs(tiny_options, expected):
+    params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=1, ignore_eos=True)
+    with LLM(**tiny_options) as llm:
+        (output,) = _run(llm, [PROMPTS[0]], params)
+    assert len(output.prompt_logprobs or ()) == len(PROMPTS[0])
+    assert output.outputs[0].token_ids == expected[0][:3]
+
+
 def test_the_pool_is_updated_in_place(llm):
     runner, num_blocks, num_layers = llm.engine.runner, 5000, 3
     dims = runner.kv_spec.shape(num_blocks)
     pool_bytes = num_blocks * runner.kv_spec.block_bytes
-    for shape in (StepShape(4, 4, True), StepShape(32, 4, False)):
+    for shape in (
+        StepShape(4, 4, True),
+        StepShape(4, 4, True, greedy=True),
+        StepShape(32, 4, False),
+    ):
         compiled = runner._lower(shape, num_blocks).compile()
         analysis = compiled.memory_analysis()
         assert analysis.alias_size_in_bytes >= pool_bytes * num_layers, "the whole pool is aliased"

@@ -7,6 +7,7 @@ from jpaged.block_manager import BlockManager
 from jpaged.compile_plan import step_shapes
 from jpaged.config import SchedulerConfig
 from jpaged.input_batch import (
+    ALIGNMENT,
     NO_TOKEN,
     NUM_BUFFERS,
     PENDING_TOKEN,
@@ -223,10 +224,16 @@ def test_a_row_is_taken_over_whole():
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
-def test_fields_fill_the_buffer_without_overlap(shape):
+def test_fields_lie_aligned_and_without_overlap(shape):
     size = packed_size(shape, MAX_BLOCKS)
     arrays = unpack(np.arange(size), shape, MAX_BLOCKS)
-    values = [getattr(arrays, name).ravel() for name in arrays.__slots__]
-    np.testing.assert_array_equal(np.concatenate(values), np.arange(size))
+    end = 0
+    for name in arrays.__slots__:
+        values = getattr(arrays, name).ravel()
+        assert end <= values[0] < end + ALIGNMENT
+        assert values[0] % ALIGNMENT == 0
+        np.testing.assert_array_equal(values, np.arange(values[0], values[0] + values.size))
+        end = int(values[-1]) + 1
+    assert end == size
     assert arrays.block_tables.shape == (shape.num_seqs, MAX_BLOCKS)
     assert arrays.query_start_loc.shape == (shape.num_seqs + 1,)

@@ -1,5 +1,6 @@
 """The effect of each sampling parameter, through the rows that a request writes."""
 
+import dataclasses
 import re
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from jpaged.sampler import (
     SamplerState,
     init_row,
     sample,
+    sample_greedy,
     token_logprobs,
     unpack_sampling_inputs,
 )
@@ -418,6 +420,44 @@ def test_last_tokens_are_kept_for_every_sampled_row():
     assert np.asarray(batch.state.last_tokens)[:3].tolist() == expected
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_greedy_rows_need_the_greedy_sampler_only(dtype):
+    rows = 6
+    logits = np.stack([random_logits(seed) for seed in range(rows)])
+    logits[1] = np.round(logits[1])  # ties
+    logits[2, :30] = -np.inf
+    row_ids = np.array([4, 0, 7, 2, 8, 8], np.int32)
+    samples = np.array([1, 1, 1, 0, 0, 0], np.int32)
+    bans = np.full((rows, MAX_BANS), -1, np.int32)
+    packed = RequestSampling(SamplingParams(**GREEDY), vocab_size=VOCAB_SIZE, seed=3).row(0)
+    arrays = {
+        "packed_rows": np.tile(packed, (rows, 1)),
+        "position": np.arange(rows, dtype=np.int32),
+        "rows": row_ids,
+        "input_token": np.zeros(rows, np.int32),
+        "samples": samples,
+        "ban_tokens": bans,
+        "ban_if_last": bans,
+    }
+    zeros = SamplerState.zeros(NUM_ROWS, VOCAB_SIZE)
+    state = dataclasses.replace(
+        zeros,
+        last_tokens=jnp.arange(NUM_ROWS, dtype=jnp.int32) + 100,
+        output_counts=zeros.output_counts + 3,
+        prompt_mask=~zeros.prompt_mask,
+        bias=zeros.bias + 1.5,
+    )
+    x = jnp.asarray(logits, dtype)
+    expected, expected_state = jitted_step(x, arrays, state, 0)
+    tokens, new_state = jax.jit(sample_greedy)(x, row_ids, samples, state)
+    assert tokens.dtype == jnp.int32
+    np.testing.assert_array_equal(tokens, expected.tokens)
+    jax.tree.map(np.testing.assert_array_equal, new_state, expected_state)
+    kept = np.asarray(state.last_tokens).copy()
+    kept[row_ids[:3]] = np.asarray(x, np.float32)[:3].argmax(axis=1)
+    np.testing.assert_array_equal(new_state.last_tokens, kept)
+
+
 def test_init_row_clears_what_the_row_held_and_touches_no_other():
     batch = Batch(Row(prompt=[1], presence_penalty=1.0), Row(prompt=[2], frequency_penalty=1.0))
     batch.generate(random_logits(), 4)
@@ -474,6 +514,19 @@ def test_logprobs_are_those_of_the_raw_logits():
     np.testing.assert_array_equal(output.top_token_ids, np.tile(order[:5], (6, 1)))
     np.testing.assert_allclose(output.top_logprobs, np.tile(expected[order[:5]], (6, 1)), atol=1e-5)
     assert len(set(output.tokens.tolist())) > 1
+
+
+def test_top_logprobs_of_a_large_vocabulary():
+    logits = np.random.default_rng(0).normal(0, 3, (3, 3001)).astype(np.float32)
+    logits[1] = np.round(logits[1])  # ties
+    logits[2, 5:] = -np.inf
+    token_ids = np.array([3000, 17, 2], np.int32)
+    found = jax.jit(partial(token_logprobs, max_logprobs=7))(logits, token_ids)
+    found = jax.tree.map(np.asarray, found)
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :7]
+    np.testing.assert_array_equal(found.top_token_ids, order)
+    expected = np.stack([numpy_logprobs(row)[ids] for row, ids in zip(logits, order, strict=True)])
+    np.testing.assert_allclose(found.top_logprobs, expected, atol=1e-5)
 
 
 def test_asking_for_zero_logprobs_gives_that_of_the_token_only():

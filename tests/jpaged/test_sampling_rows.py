@@ -106,6 +106,34 @@ def test_state_is_needed_for_penalties_and_bias_only(fields, needed):
     assert sampling(**fields).needs_state is needed
 
 
+@pytest.mark.parametrize(
+    ("fields", "plain"),
+    [
+        ({}, True),
+        ({"top_p": 0.5, "top_k": 3, "min_p": 0.5, "seed": 4}, True),
+        ({"max_tokens": 3, "stop_token_ids": [7], "ignore_eos": True}, True),
+        ({"temperature": 1.0}, False),
+        ({"logprobs": 0}, False),
+        ({"logprobs": 5}, False),
+        ({"logit_bias": {1: 1.0}}, False),
+        ({"allowed_token_ids": [1]}, False),
+        ({"bad_words": ["x"], "encode": encode_with({"x": [7], " x": [8]})}, False),
+        ({"bad_words": ["x"], "encode": encode_with({"x": [7, 8], " x": [9, 8]})}, False),
+        ({"min_tokens": 3}, False),
+        ({"presence_penalty": 0.1}, False),
+        ({"frequency_penalty": -0.1}, False),
+        ({"repetition_penalty": 1.1}, False),
+    ],
+)
+def test_a_request_is_plain_greedy_if_it_asks_for_nothing_else(fields, plain):
+    assert sampling(**{"temperature": 0.0, **fields}).is_plain_greedy is plain
+
+
+def test_min_tokens_without_a_token_to_ban_is_plain_greedy():
+    request = RequestSampling(SamplingParams(temperature=0, min_tokens=3), vocab_size=VOCAB_SIZE)
+    assert request.is_plain_greedy
+
+
 def bias_of(request):
     return dict(zip(request.bias_token_ids.tolist(), request.bias_values.tolist(), strict=True))
 

@@ -1,5 +1,6 @@
 """The filters and the draw, against a numpy oracle that sorts."""
 
+import re
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jpaged.token_choice import argmax, draw, kept_weights, uniforms
+from jpaged.token_choice import argmax, draw, kept_weights, top_k, uniforms
 
 ROWS = 4
 # Float32 sums of at most a few hundred weights; the bound of a top_p may fall on either side.
@@ -169,6 +170,45 @@ def test_argmax_is_the_first_maximum_as_in_numpy():
 def test_argmax_of_nans_is_a_token():
     x = jnp.full((2, 131), jnp.nan)
     assert (np.asarray(argmax(x)) < 131).all()
+
+
+@pytest.mark.parametrize("vocab_size", [1, 128, 131, 300, 1024, 5000])
+@pytest.mark.parametrize("k", [1, 2, 3, 17, 19, 20, 5000])
+@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "masked", "one"])
+def test_top_k_is_that_of_a_sort(vocab_size, k, kind):
+    k = min(k, vocab_size)
+    x = np.stack([logits_of_kind(kind, seed, vocab_size) for seed in range(ROWS)])
+    x += 0.0  # no negative zeros, which lax.top_k puts after the others
+    x[1] = -np.inf
+    x[2, vocab_size // 3 :] = -np.inf
+    x[3, -vocab_size // 3 :] = np.inf
+    values, indices = map(np.asarray, jax.jit(top_k, static_argnums=1)(x, k))
+    expected = np.argsort(-x, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(indices, expected)
+    np.testing.assert_array_equal(values, np.take_along_axis(x, expected, axis=1))
+    for got, reference in zip((values, indices), jax.lax.top_k(x, k), strict=True):
+        assert (got.shape, got.dtype) == (reference.shape, reference.dtype)
+        np.testing.assert_array_equal(got, reference)
+
+
+def test_top_k_never_tells_of_the_padding():
+    x = np.full((2, 1025), -np.inf, np.float32)  # of the last tile one element is no padding
+    x[0, -1] = x[1, 400] = 0.0
+    _, indices = jax.jit(top_k, static_argnums=1)(x, 4)
+    assert np.asarray(indices).tolist() == [[1024, 0, 1, 2], [400, 0, 1, 2]]
+
+
+def test_top_k_of_signed_zeros_is_as_many_zeros():
+    x = np.stack([logits_of_kind("signed zeros", seed, 5000) for seed in range(ROWS)])
+    values, indices = map(np.asarray, jax.jit(top_k, static_argnums=1)(x, 19))
+    assert (values == 0).all()
+    assert all(len(set(row)) == 19 for row in indices.tolist())
+
+
+def test_a_few_of_many_are_found_without_sorting_the_vocabulary():
+    lowered = jax.jit(top_k, static_argnums=1).lower(np.zeros((2, 49_152), np.float32), 20)
+    sorted_widths = re.findall(r"top_k.*tensor<2x(\d+)xf32>\s*->", lowered.as_text())
+    assert sorted(map(int, sorted_widths)) == [384, 2560]
 
 
 LARGEST = 1 - 2.0**-24
