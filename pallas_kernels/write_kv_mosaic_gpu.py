@@ -16,6 +16,7 @@ from jpaged.pallas_kernels.mosaic_gpu import store
 
 WARPS = 4
 LANES = 32
+MAX_TOKENS = 65535  # programs of a launch along the axis that tokens are on
 MAX_VEC = 8  # 16-bit elements of a 16-byte load
 # Elements of one kind (q, k or v) that a program may hold: 64 registers of a thread in f32.
 MAX_ELEMENTS = 8192
@@ -29,6 +30,8 @@ def unsupported_reasons(pool: jax.Array, num_tokens: int) -> list[str]:
         reasons.append(f"needs bfloat16 or float16, got {pool.dtype}")
     if head_dim % 16 or not 0 < head_dim <= 256:
         reasons.append(f"needs head_dim to be a multiple of 16 up to 256, got {head_dim}")
+    if num_tokens > MAX_TOKENS:
+        reasons.append(f"serves up to {MAX_TOKENS} tokens at once, got {num_tokens}")
     if not num_kv_heads or not num_tokens or not pool.shape[0]:
         reasons.append("nothing to write")
     return reasons

@@ -29,6 +29,9 @@ needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="the oracle needs torch"
 )
 
+RACE = "RACE DETECTED"
+"""What that interpreter prints when `detect_races=True` finds one; it does not raise."""
+
 
 def gpu_interpreter(**options: Any) -> Any:
     """Parameters of JAX's interpreter of GPU kernels."""

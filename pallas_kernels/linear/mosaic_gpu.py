@@ -201,7 +201,10 @@ def _staging(config: Config, width: int, itemsize: int) -> tuple[int, int]:
     if width % chunk:
         chunk = width
     slots = _STAGING_BYTES // (config.consumers * config.rows * chunk * itemsize)
-    return chunk, max(1, min(width // chunk, slots))
+    pieces = width // chunk
+    # Slots are taken in turn from the first on for every tile, so their number divides the pieces:
+    # else the first piece of a tile would meet the last one of the tile before in its slot.
+    return chunk, max(s for s in range(1, max(1, slots) + 1) if pieces % s == 0)
 
 
 def _registers(consumers: int) -> tuple[int, int]:

@@ -68,6 +68,8 @@ def combine(
     expected = schedule.programs.shape[0] // META_WIDTH // merges + 1
     unroll = unroll or min(MAX_UNROLL, _next_power(expected))
     warpgroups = warpgroups or min(MAX_WARPGROUPS, _next_power(-(-expected // unroll)))
+    if vectors not in (None, 1) and warpgroups > 1:
+        raise ValueError(f"several {vectors=} need one warpgroup, got {warpgroups=}")
     if vectors is None:
         most = 1 if merges <= MANY_MERGES or warpgroups > 1 else 4
         vectors = max(n for n in (1, 2, 4) if n <= most and total_vectors % n == 0)

@@ -109,10 +109,15 @@ def choose_geometry(
     a head dim above 128 one consumer's tile is as large as two others'.
     """
     consumers = 2 if num_kv_heads % 2 == 0 and head_dim <= 128 else 1
-    heads = next(n for n in (4, 2, 1) if num_kv_heads // consumers % n == 0)
+    group_size = num_heads // num_kv_heads
+    heads = next(
+        n
+        for n in (4, 2, 1)
+        if num_kv_heads // consumers % n == 0 and (n * group_size <= ROWS or n == 1)
+    )
     geometry = Geometry(
         num_kv_heads=num_kv_heads,
-        group_size=num_heads // num_kv_heads,
+        group_size=group_size,
         head_dim=head_dim,
         block_size=block_size,
         dtype=jnp.dtype(dtype),
@@ -364,8 +369,7 @@ def attend_decodes(
             collective_axes="wg",
         )
 
-    # The merge reads a whole tile from the first slots on, whatever it uses.
-    parts = programs + max(programs, ROWS)
+    parts = 2 * programs
     out_types = (
         jax.ShapeDtypeStruct((num_tokens, padded.shape[1], rows, D), dtype),
         jax.ShapeDtypeStruct((parts, W, rows, D), dtype),

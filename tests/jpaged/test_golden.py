@@ -26,7 +26,7 @@ OPTIONS: dict[str, Any] = {
 CHAT = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
 
 
-def _two_shapes(max_num_batched_tokens, max_num_seqs):
+def _two_shapes(max_num_batched_tokens, max_num_seqs, **_):
     """The largest shape of either kind, since each compiles for seconds."""
     return (
         StepShape(max_num_batched_tokens, max_num_seqs, False),

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import gpu_interpreter, needs_gpu_interpreter
+from helpers import RACE, gpu_interpreter, needs_gpu_interpreter
 
 from jpaged.pallas_kernels import mosaic_gpu as device
 from jpaged.pallas_kernels.linear import linear, num_splits, unsupported_reasons
@@ -116,15 +116,25 @@ def test_partial_sums_are_those_of_consecutive_depths(interpret):
 
 
 @needs_gpu_interpreter
-@pytest.mark.parametrize("in_flight", [0, 1])
-def test_persistent_programs_have_no_races(in_flight, interpret, monkeypatch):
+@pytest.mark.parametrize(
+    ("k", "n", "config", "out_dtype"),
+    [
+        (192, 320, Config(tile_n=64, stages=2, in_flight=0), F32),
+        (192, 320, Config(tile_n=64, stages=2, in_flight=1), F32),
+        (64, 576, Config(tile_n=192), BF16),  # three pieces of output a tile
+    ],
+)
+def test_persistent_programs_have_no_races(k, n, config, out_dtype, interpret, monkeypatch, capfd):
     monkeypatch.setattr(device, "num_sms", lambda: 2)  # so programs take several tiles each
     kernel._kernel.cache_clear()
-    x, w = _operands(8, 192, 320, BF16)
-    config = Config(tile_n=64, stages=2, in_flight=in_flight)
-    out = kernel.linear(x, w, config=config, out_dtype=F32, interpret=interpret(detect_races=True))
+    x, w = _operands(8, k, n, BF16)
+    out = kernel.linear(
+        x, w, config=config, out_dtype=out_dtype, interpret=interpret(detect_races=True)
+    )
     kernel._kernel.cache_clear()
-    _assert_close(out[0], _expected(x, w), SUM_TOLERANCE)
+    tolerance = SUM_TOLERANCE if out_dtype == F32 else ROUND_TOLERANCES[BF16]
+    _assert_close(out[0].astype(F32), _expected(x, w), tolerance)
+    assert RACE not in capfd.readouterr().out
 
 
 @needs_gpu_interpreter

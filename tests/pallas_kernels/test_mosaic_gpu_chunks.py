@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import gpu_interpreter, needs_gpu_interpreter
+from helpers import RACE, gpu_interpreter, needs_gpu_interpreter
 
 from jpaged.pallas_kernels import paged_attention
 from jpaged.pallas_kernels.paged_attention import mosaic_gpu_chunks as chunks
@@ -106,9 +106,10 @@ def test_sizes_do_not_change_results(config):
     _check(dataclasses.replace(MIXED, sliding_window=100), config=config)
 
 
-def test_has_no_races():
+def test_has_no_races(capfd):
     case = Case(name="races", query_lens=(1, 40, 3), seq_lens=(9, 150, 90), num_kv_heads=4)
     _check(case, detect_races=True)
+    assert RACE not in capfd.readouterr().out
 
 
 def test_a_step_without_chunks_writes_nothing():

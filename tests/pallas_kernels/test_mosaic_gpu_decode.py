@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import gpu_interpreter, needs_gpu_interpreter
+from helpers import RACE, gpu_interpreter, needs_gpu_interpreter
 
 from jpaged.pallas_kernels import mosaic_gpu as device
 from jpaged.pallas_kernels import paged_attention
@@ -18,6 +18,7 @@ from jpaged.pallas_kernels.paged_attention.cases import Case, make
 RELATIVE_ERROR = {jnp.bfloat16: 4e-3, jnp.float16: 6e-4}
 
 DECODES = functools.partial(Case, head_dim=128, num_heads=32, num_kv_heads=8)
+LONE = DECODES(name="lone", query_lens=(1,), seq_lens=(300,))
 CASES = (
     DECODES(
         name="ragged_and_padded",
@@ -27,7 +28,7 @@ CASES = (
         num_padding_tokens=2,
     ),
     DECODES(name="gaps", query_lens=(0, 1, 0, 0, 1, 0), seq_lens=(0, 50, 0, 0, 33, 0)),
-    DECODES(name="lone", query_lens=(1,), seq_lens=(300,)),
+    LONE,
     DECODES(name="window", query_lens=(1,) * 3, seq_lens=(100, 33, 1), sliding_window=40),
     DECODES(name="soft_cap", query_lens=(1,) * 3, seq_lens=(100, 33, 1), soft_cap=2.0, scale=0.3),
     DECODES(name="block_64", query_lens=(1,) * 3, seq_lens=(100, 33, 1), block_size=64),
@@ -48,6 +49,7 @@ CASES = (
         block_size=128,
     ),
     DECODES(name="mha", query_lens=(1,) * 2, seq_lens=(40, 33), num_heads=16, num_kv_heads=16),
+    DECODES(name="group_32", query_lens=(1,), seq_lens=(99,), num_heads=64, num_kv_heads=2),
     DECODES(name="mqa_64", query_lens=(1,) * 3, seq_lens=(99, 33, 1), num_kv_heads=1, head_dim=64),
     DECODES(
         name="kv_3_64",
@@ -135,17 +137,18 @@ def test_however_the_context_is_cut(num_programs):
 
 
 @needs_gpu_interpreter
-def test_no_two_warpgroups_race():
-    arrays = make(CASES[1], jnp.bfloat16)
+def test_no_two_warpgroups_race(capfd):
+    arrays = make(LONE, jnp.bfloat16)
     out = _attend(
         arrays,
-        CASES[1],
+        LONE,
         num_programs=4,
         interpret=gpu_interpreter(detect_races=True),
         unroll=2,
         warpgroups=2,
     )
-    _assert_close(out, _expected(arrays, CASES[1]), jnp.bfloat16)
+    _assert_close(out, _expected(arrays, LONE), jnp.bfloat16)
+    assert RACE not in capfd.readouterr().out
 
 
 @needs_gpu_interpreter
