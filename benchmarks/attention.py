@@ -483,15 +483,21 @@ def main() -> None:
         "matmul_ceiling_flop_s": ceilings.matmul_flop_s,
     }
     if "decode" in args.only:
-        results["decode"] = list(decode_section(args, ceilings))
+        results["decode"] = []
+        for result in decode_section(args, ceilings):
+            results["decode"].append(result)
+            common.write(results | {"is_whole": False}, args.json)
         print_decode(results["decode"])
     if "prefill" in args.only:
-        results["prefill"] = list(prefill_section(args, ceilings))
+        results["prefill"] = []
+        for result in prefill_section(args, ceilings):
+            results["prefill"].append(result)
+            common.write(results | {"is_whole": False}, args.json)
         print_prefill(results["prefill"], args.peers)
     if "mixed" in args.only:
         results["mixed"] = mixed_section(args)
         print_mixed(results["mixed"])
-    common.finish(results, args.json)
+    common.finish(results | {"is_whole": True}, args.json)
     measured = [*results.get("decode", []), *results.get("prefill", [])]
     if any("error" in r for r in [*measured, *results.get("mixed", {}).get("cases", [])]):
         raise SystemExit("some case failed")

@@ -77,12 +77,18 @@ def add_output_argument(parser: argparse.ArgumentParser) -> None:
 
 def finish(results: dict[str, Any], file: Path | None) -> None:
     """Prints the JSON object, and writes it to the file if one is given."""
-    report = {"environment": environment(), **results}
-    print(json.dumps(report))
+    print(json.dumps({"environment": environment(), **results}))
+    if file is not None:
+        write(results, file)
+        print(f"written: {file}", file=sys.stderr)
+
+
+def write(results: dict[str, Any], file: Path | None) -> None:
+    """Writes the JSON object, or what there is of it so far, if a file is given."""
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
+        report = {"environment": environment(), **results}
         file.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"written: {file}", file=sys.stderr)
 
 
 def load_workloads(directory: Path) -> Any:

@@ -64,6 +64,17 @@ def test_importing_the_package_imports_no_jax():
     assert done.stdout.strip() == "[]"
 
 
+def test_importing_the_kernels_imports_no_pallas():
+    code = (
+        "import sys, jpaged.models.llama, jpaged.pallas_kernels;"
+        "print([name for name in sys.modules if name.startswith('jax.experimental.pallas')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
 def test_changelog_names_this_version():
     heading = re.search(r"^## \[?(\d[^\s\]]*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert heading is not None

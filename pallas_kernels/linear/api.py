@@ -1,13 +1,15 @@
 """The public matrix product of a decode step: checks, choice of implementation, call."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jpaged.pallas_kernels import mosaic_gpu as device
 from jpaged.pallas_kernels import registry
-from jpaged.pallas_kernels.linear import mosaic_gpu
-from jpaged.pallas_kernels.linear.mosaic_gpu import Activation
+from jpaged.pallas_kernels.mosaic_gpu import device_reasons
+
+Activation = Literal["silu_mul"] | None
 
 
 def unsupported_reasons(
@@ -20,10 +22,14 @@ def unsupported_reasons(
     num_splits: int = 1,
 ) -> list[str]:
     """Why the Mosaic GPU kernel cannot serve a problem on this device; empty if it can."""
-    reasons = mosaic_gpu.unsupported_reasons(
+    if reasons := list(device_reasons()):
+        return reasons
+    # Pallas is imported where a kernel runs only: it takes a CPU 0.2 s.
+    from jpaged.pallas_kernels.linear import mosaic_gpu
+
+    return mosaic_gpu.unsupported_reasons(
         m, k, n, dtype, activation=activation, num_splits=num_splits
     )
-    return [*device.device_reasons(), *reasons]
 
 
 def num_splits(
@@ -41,6 +47,8 @@ def num_splits(
     """
     if _choose(implementation, m, k, n, dtype, None, 1) == "xla":
         return 1
+    from jpaged.pallas_kernels.linear import mosaic_gpu
+
     return mosaic_gpu.choose_config(m, k, n).num_splits
 
 
@@ -84,6 +92,8 @@ def linear(
     name = _choose(implementation, m, k, n, x.dtype, activation, num_splits)
     if name == "xla":
         return _xla(x, w, transposed, activation, out_dtype, num_splits)
+    from jpaged.pallas_kernels.linear import mosaic_gpu
+
     config = mosaic_gpu.choose_config(
         m,
         k,

@@ -13,7 +13,7 @@ warp-specialised persistent kernels.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -22,8 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jpaged.pallas_kernels import mosaic_gpu
-
-Activation = Literal["silu_mul"] | None
+from jpaged.pallas_kernels.linear.api import Activation
 
 MAX_ROWS = 256
 # Rows of one wgmma; fewer rows cost the same tensor time, which few rows have to spare.

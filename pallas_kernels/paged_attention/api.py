@@ -1,20 +1,25 @@
 """The public attention function: checks, choice of implementation, call."""
 
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import jax
 from jaxtyping import Array, Float, Int32
 
 from jpaged.pallas_kernels import registry
 from jpaged.pallas_kernels.kv_cache_layout import BLOCK_SIZES, KVCacheSpec
-from jpaged.pallas_kernels.paged_attention import mosaic_gpu, reference, xla
+from jpaged.pallas_kernels.mosaic_gpu import device_reasons
+from jpaged.pallas_kernels.paged_attention import reference, xla
+
+# Pallas is imported where a kernel runs only: it takes a CPU 0.2 s.
+if TYPE_CHECKING:
+    from jpaged.pallas_kernels.paged_attention import mosaic_gpu
 
 _WITHOUT_SCHEDULE = {
     "xla": xla.paged_attention,
     "reference": reference.paged_attention,
 }
 
-Schedule: TypeAlias = mosaic_gpu.Schedule | None
+Schedule: TypeAlias = "mosaic_gpu.Schedule | None"
 """What `make_schedule` returns: a pytree, or None for implementations that need none."""
 
 
@@ -33,6 +38,10 @@ def choose_implementation(
     """
 
     def mosaic_gpu_reasons() -> list[str]:
+        if reasons := list(device_reasons()):
+            return reasons
+        from jpaged.pallas_kernels.paged_attention import mosaic_gpu
+
         return mosaic_gpu.unsupported_reasons(
             num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.dtype
         )
@@ -79,6 +88,8 @@ def make_schedule(
     spec = _spec_of(pool)
     if choose_implementation(implementation, num_heads=num_heads, spec=spec) != "mosaic_gpu":
         return None
+    from jpaged.pallas_kernels.paged_attention import mosaic_gpu
+
     return mosaic_gpu.make_schedule(
         block_tables,
         seq_lens,
@@ -145,6 +156,8 @@ def paged_attention(
     }
     args = (q, pool, block_tables, seq_lens, query_start_loc)
     if name == "mosaic_gpu":
+        from jpaged.pallas_kernels.paged_attention import mosaic_gpu
+
         return mosaic_gpu.paged_attention(*args, **options, schedule=schedule)
     return _WITHOUT_SCHEDULE[name](*args, **options)
 

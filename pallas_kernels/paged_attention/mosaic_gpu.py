@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from jpaged.pallas_kernels import mosaic_gpu
 from jpaged.pallas_kernels.paged_attention import (
     mosaic_gpu_chunks,
     mosaic_gpu_combine,
@@ -31,9 +30,7 @@ def unsupported_reasons(
     block_size: int,
     dtype: jax.typing.DTypeLike,
 ) -> list[str]:
-    """Why the kernels cannot serve a problem on the default device; empty if they can."""
-    if reasons := list(mosaic_gpu.device_reasons()):
-        return reasons
+    """Why the kernels cannot serve a problem on a GPU that they run on; empty if they can."""
     decode = mosaic_gpu_decode.unsupported_reasons(
         num_heads, num_kv_heads, head_dim, block_size, dtype
     )

@@ -1,4 +1,5 @@
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from jpaged.pallas_kernels.linear import linear, num_splits, unsupported_reasons
 from jpaged.pallas_kernels.linear import mosaic_gpu as kernel
 from jpaged.pallas_kernels.linear.mosaic_gpu import Config
 
+# The package of that name is hidden by its function.
+API = importlib.import_module("jpaged.pallas_kernels.linear.api")
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 
 # Relative to the largest output. Sums of up to 512 exact products, in another order; one rounding
@@ -228,14 +231,16 @@ def test_gpu_equals_float64(name, m):
         ((8, 64, 192, BF16), {"activation": "silu_mul"}, "multiple of 128, got 192"),
     ],
 )
-def test_reasons_of_the_kernel(problem, options, reason):
+def test_reasons_of_the_kernel(problem, options, reason, monkeypatch):
+    monkeypatch.setattr(API, "device_reasons", lambda: ())
     assert kernel.unsupported_reasons(8, 64, 128, BF16) == []
     (found,) = kernel.unsupported_reasons(*problem, **options)
     assert reason in found
-    assert found in unsupported_reasons(*problem, **options)
+    assert unsupported_reasons(*problem, **options) == [found]
 
 
-def test_a_named_implementation_never_falls_back():
+def test_a_named_implementation_never_falls_back(monkeypatch):
+    monkeypatch.setattr(API, "device_reasons", lambda: ())
     x, w = _operands(8, 96, 64, BF16)
     with pytest.raises(NotImplementedError, match=r"linear: mosaic_gpu cannot run here: .*depth"):
         linear(x, w, implementation="mosaic_gpu")
