@@ -31,31 +31,30 @@ class StepShape:
         num_tokens: flat tokens.
         num_seqs: sequences.
         decode_only: whether every sequence decodes.
-        greedy: whether every sequence takes its most likely token and asks for nothing else.
+        plain: whether every sequence takes its most likely token, or draws from all of them, and
+            asks for nothing else.
     """
 
     num_tokens: int
     num_seqs: int
     decode_only: bool
-    greedy: bool = False
+    plain: bool = False
 
     @property
     def name(self) -> str:
         """How the shape is called in lists and logs."""
-        suffix = "_greedy" if self.greedy else ""
+        suffix = "_plain" if self.plain else ""
         if self.decode_only:
             return f"decode_{self.num_seqs}{suffix}"
         return f"mixed_{self.num_tokens}x{self.num_seqs}{suffix}"
 
-    def holds(
-        self, num_tokens: int, num_seqs: int, decode_only: bool, greedy: bool = False
-    ) -> bool:
+    def holds(self, num_tokens: int, num_seqs: int, decode_only: bool, plain: bool = False) -> bool:
         """Whether a step of this real size fits."""
         return (
             num_tokens <= self.num_tokens
             and num_seqs <= self.num_seqs
             and (decode_only or not self.decode_only)
-            and (greedy or not self.greedy)
+            and (plain or not self.plain)
         )
 
 
@@ -81,8 +80,8 @@ def step_shapes(
         max_num_batched_tokens: Tokens of the largest step.
         max_num_seqs: Sequences of the largest step.
         on_accelerator: Small steps cost an accelerator as much as somewhat larger ones, so there
-            are fewer of them. Every shape comes a second time for steps that only take the most
-            likely tokens: the conditions of the full sampler make the host wait for the step.
+            are fewer of them. Every shape comes a second time for plain steps: the conditions of
+            the full sampler make the host wait for the step.
     """
     min_tokens, min_seqs, min_decodes = MIN_CHUNK_TOKENS, MIN_MIXED_SEQS, 1
     if on_accelerator:
@@ -103,7 +102,7 @@ def step_shapes(
     shapes = (*first, *rest)
     if not on_accelerator:
         return shapes
-    return (*shapes, *(dataclasses.replace(shape, greedy=True) for shape in shapes))
+    return (*shapes, *(dataclasses.replace(shape, plain=True) for shape in shapes))
 
 
 class ProgramState(enum.StrEnum):
@@ -233,7 +232,7 @@ class CompilePlan:
         self._threads.clear()
 
     def find(
-        self, num_tokens: int, num_seqs: int, decode_only: bool, greedy: bool = False
+        self, num_tokens: int, num_seqs: int, decode_only: bool, plain: bool = False
     ) -> StepProgram:
         """The cheapest compiled program that holds the step, compiled now if there is none.
 
@@ -243,7 +242,7 @@ class CompilePlan:
         ideal = None
         start = bisect.bisect_left(self._costs, (num_tokens, num_seqs, False, False))
         for program in self._by_cost[start:]:
-            if program.shape.holds(num_tokens, num_seqs, decode_only, greedy):
+            if program.shape.holds(num_tokens, num_seqs, decode_only, plain):
                 ideal = ideal or program
                 if program is ideal and program.state is ProgramState.READY:
                     return program
@@ -330,4 +329,4 @@ def _is_over(program: Program) -> bool:
 
 
 def _cost(shape: StepShape) -> tuple[int, int, bool, bool]:
-    return (shape.num_tokens, shape.num_seqs, not shape.decode_only, not shape.greedy)
+    return (shape.num_tokens, shape.num_seqs, not shape.decode_only, not shape.plain)

@@ -130,7 +130,7 @@ class ModelRunner:
         )
         self._banning: list[RequestSampling | None] = [None] * self._num_rows
         self._wants_prompt = [False] * self._num_rows
-        self._is_greedy = [False] * self._num_rows
+        self._is_plain = [False] * self._num_rows
         self._bias_size = vocab_size
         # Before the pool is sized by what is left of the memory.
         self._params = loaded.params
@@ -190,10 +190,6 @@ class ModelRunner:
             params, token_ids, arrays.positions, pools, metadata
         )
         last = jnp.maximum(arrays.query_start_loc[1:] - 1, 0)
-        if shape.greedy:
-            logits = self._model.logits(params, hidden[last])
-            tokens, state = sampler.sample_greedy(logits, arrays.rows, arrays.samples, state)
-            return pools, state, {"tokens": tokens}
         inputs = sampler.unpack_sampling_inputs(
             arrays.sampling_rows,
             arrays.seq_lens,
@@ -204,6 +200,9 @@ class ModelRunner:
             arrays.ban_if_last,
         )
         logits = self._model.logits(params, hidden[last])
+        if shape.plain:
+            tokens, state = sampler.sample_plain(logits, inputs, state)
+            return pools, state, {"tokens": tokens}
         sampled, state = sampler.sample(logits, inputs, state, max_logprobs=self.max_logprobs)
         outputs: dict[str, Any] = {"tokens": sampled.tokens, "sampled": sampled}
         if self.max_logprobs and not shape.decode_only:
@@ -292,7 +291,7 @@ class ModelRunner:
 
     def _step_temp_bytes(self, shapes: tuple[StepShape, ...], num_blocks: int) -> int:
         """Bytes the largest step needs beside its arguments, from its compiled form."""
-        largest = max(shapes, key=lambda s: (s.num_tokens, s.num_seqs, not s.greedy))
+        largest = max(shapes, key=lambda s: (s.num_tokens, s.num_seqs, not s.plain))
         analysis = self._lower(largest, num_blocks).compile().memory_analysis()
         if analysis is None:
             return 0
@@ -314,7 +313,7 @@ class ModelRunner:
         self._batch.set_row(row, sampling.row(seq.seq_index))
         self._banning[row] = sampling if sampling.may_ban else None
         self._wants_prompt[row] = prompt_logprobs
-        self._is_greedy[row] = sampling.is_plain_greedy and not prompt_logprobs
+        self._is_plain[row] = sampling.is_plain and not prompt_logprobs
         if not sampling.needs_state:
             return
         token_ids = np.full(self._max_model_len, -1, np.int32)
@@ -340,8 +339,8 @@ class ModelRunner:
         assert not scheduled.block_copies, "nothing forks yet, so nothing is copied"
         num_seqs = len(scheduled.seqs)
         decode_only = scheduled.num_decodes == num_seqs and not self._needs_prompt(scheduled)
-        greedy = all(map(self._takes_argmax, scheduled.seqs))
-        program = self.plan.find(scheduled.num_batched_tokens, num_seqs, decode_only, greedy)
+        plain = all(map(self._asks_nothing_else, scheduled.seqs))
+        program = self.plan.find(scheduled.num_batched_tokens, num_seqs, decode_only, plain)
         packed = self._batch.fill(
             scheduled, program.shape, self._bans_of, self._wants_prompt_logprobs
         )
@@ -362,9 +361,9 @@ class ModelRunner:
         assert seq.row is not None, f"{seq} is scheduled without a row"
         return self._wants_prompt[seq.row]
 
-    def _takes_argmax(self, seq: Sequence) -> bool:
+    def _asks_nothing_else(self, seq: Sequence) -> bool:
         assert seq.row is not None, f"{seq} is scheduled without a row"
-        return self._is_greedy[seq.row]
+        return self._is_plain[seq.row]
 
     def _needs_prompt(self, scheduled: SchedulerOutput) -> bool:
         """Whether log-probabilities of a prompt are wanted, which decode programs leave out."""

@@ -18,7 +18,7 @@ from jax import lax
 
 from jpaged.sampling_params import GREEDY_EPSILON
 from jpaged.sampling_rows import Column
-from jpaged.token_choice import argmax, draw, kept_weights, top_k, uniforms
+from jpaged.token_choice import all_weights, argmax, draw, kept_weights, top_k, uniforms
 
 
 @jax.tree_util.register_dataclass
@@ -245,22 +245,26 @@ def sample(
     return output, state
 
 
-def sample_greedy(
-    logits: jax.Array, rows: jax.Array, samples: jax.Array, state: SamplerState
+def sample_plain(
+    logits: jax.Array, inputs: SamplingInputs, state: SamplerState
 ) -> tuple[jax.Array, SamplerState]:
-    """Returns the most likely token of each row, i32[S], and the state with them stored.
+    """Returns one token a row, i32[S], and the state with them stored.
 
-    What `sample` does for rows that ask for nothing else, without its conditions.
+    What `sample` does, without its conditions, for rows that take the most likely token or draw
+    from all of them and ask for nothing else (`RequestSampling.is_plain`).
 
     Args:
         logits: f32[S, V].
-        rows: i32[S], their rows in the state.
-        samples: bool[S] or i32[S], see `SamplingInputs`.
+        inputs: the step's S rows.
         state: donate it.
     """
-    tokens = argmax(logits.astype(jnp.float32))
+    x = logits.astype(jnp.float32)
+    random = inputs.samples & (inputs.temperature >= GREEDY_EPSILON)
+    weights = all_weights(x, jnp.where(random, inputs.temperature, 1.0))
+    drawn = draw(weights, uniforms(inputs.seed, inputs.seq_index, inputs.position))
+    tokens = jnp.where(random, drawn, argmax(x))
     num_rows = state.last_tokens.shape[0]
-    sampled_rows = jnp.where(samples.astype(jnp.bool_), rows, num_rows)  # past the end: dropped
+    sampled_rows = jnp.where(inputs.samples, inputs.rows, num_rows)  # past the end: dropped
     last_tokens = state.last_tokens.at[sampled_rows].set(tokens, mode="drop")
     return tokens, dataclasses.replace(state, last_tokens=last_tokens)
 

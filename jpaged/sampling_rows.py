@@ -123,10 +123,12 @@ class RequestSampling:
         self._row = self._make_row(vocab_size, seed if params.seed is None else params.seed)
 
     @property
-    def is_plain_greedy(self) -> bool:
-        """Whether all that is wanted is the most likely token of the logits as they are."""
-        asks_more = self.needs_state or self.may_ban or self._params.logprobs is not None
-        return self._params.is_greedy and not asks_more
+    def is_plain(self) -> bool:
+        """Whether it wants the most likely token, or draws from all, and asks for nothing else."""
+        params = self._params
+        filters = self._row[Column.TOP_K] > 0 or params.min_p > 0.0 or params.top_p < 1.0
+        asks_more = self.needs_state or self.may_ban or params.logprobs is not None
+        return not asks_more and (params.is_greedy or not filters)
 
     @property
     def may_ban(self) -> bool:

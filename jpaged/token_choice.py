@@ -51,6 +51,11 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return values, tile * _TILE + places % _TILE
 
 
+def all_weights(x: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Returns the probabilities of processed logits up to a factor a row, f32[S, V]; at most 1."""
+    return jnp.exp((x - x.max(axis=1, keepdims=True)) / temperature[:, None])
+
+
 def kept_weights(
     x: jax.Array, temperature: jax.Array, min_p: jax.Array, top_k: jax.Array, top_p: jax.Array
 ) -> jax.Array:
@@ -73,7 +78,7 @@ def kept_weights(
         lambda: _exclusive_bound(x, None, top_k.astype(jnp.float32), top_k > 0),
         lambda: everything,
     )
-    weights = jnp.exp((x - x.max(axis=1, keepdims=True)) / temperature[:, None])
+    weights = all_weights(x, temperature)
     kept = (weights >= min_p[:, None]) & (x > bound[:, None])
     weights = jnp.where(kept, weights, 0.0)
     bound = lax.cond(

@@ -55,8 +55,8 @@ def test_every_single_step_size_fits(budgets):
 def test_an_accelerator_has_fewer_small_shapes_and_each_twice():
     shapes = step_shapes(8192, 256, on_accelerator=True)
     assert len(shapes) < 60
-    general = [s for s in shapes if not s.greedy]
-    assert list(shapes[len(general) :]) == [dataclasses.replace(s, greedy=True) for s in general]
+    general = [s for s in shapes if not s.plain]
+    assert list(shapes[len(general) :]) == [dataclasses.replace(s, plain=True) for s in general]
     assert min(s.num_seqs for s in general) == 8
     assert min(s.num_tokens for s in general if not s.decode_only) == 64
     for num_seqs in (1, 8, 9, 256):
@@ -64,15 +64,15 @@ def test_an_accelerator_has_fewer_small_shapes_and_each_twice():
         assert any(s.holds(8192, num_seqs, False) for s in general)
 
 
-def test_a_greedy_step_runs_in_a_greedy_program_where_that_is_ready():
+def test_a_plain_step_runs_in_a_plain_program_where_that_is_ready():
     shapes = step_shapes(64, 8, on_accelerator=True)
     plan = CompilePlan(shapes, lambda shape: shape, num_threads=1)
     assert plan.find(3, 3, True).shape == StepShape(8, 8, True)
-    assert plan.find(3, 3, True, True).shape == StepShape(8, 8, True, greedy=True)
-    assert plan.find(40, 3, False, True).shape == StepShape(64, 8, False, greedy=True)
-    assert StepShape(8, 8, True).holds(3, 3, True, greedy=True)
-    assert not StepShape(8, 8, True, greedy=True).holds(3, 3, True, greedy=False)
-    assert StepShape(8, 8, True, greedy=True).name == "decode_8_greedy"
+    assert plan.find(3, 3, True, True).shape == StepShape(8, 8, True, plain=True)
+    assert plan.find(40, 3, False, True).shape == StepShape(64, 8, False, plain=True)
+    assert StepShape(8, 8, True).holds(3, 3, True, plain=True)
+    assert not StepShape(8, 8, True, plain=True).holds(3, 3, True, plain=False)
+    assert StepShape(8, 8, True, plain=True).name == "decode_8_plain"
 
 
 def test_there_are_few_shapes_and_those_of_a_lone_request_come_first():

@@ -242,13 +242,13 @@ def accelerator_shapes(monkeypatch):
 
 
 def _kinds_that_ran(llm):
-    """Whether greedy programs, or others, or both have been compiled."""
+    """Whether plain programs, or others, or both have been compiled."""
     programs = llm.engine.runner.plan.programs
-    return {p.shape.greedy for p in programs if isinstance(p, StepProgram) and p.compiled}
+    return {p.shape.plain for p in programs if isinstance(p, StepProgram) and p.compiled}
 
 
 @pytest.mark.usefixtures("accelerator_shapes")
-def test_greedy_programs_run_only_what_is_greedy(tiny_options, expected):
+def test_plain_programs_run_only_what_is_plain(tiny_options, expected):
     with LLM(**tiny_options) as llm:
         assert _ids(_run(llm, PROMPTS, GREEDY)) == expected
         assert _kinds_that_ran(llm) == {True}
@@ -269,7 +269,7 @@ def test_greedy_programs_run_only_what_is_greedy(tiny_options, expected):
 
 
 @pytest.mark.usefixtures("accelerator_shapes")
-def test_prompt_logprobs_keep_a_step_from_the_greedy_programs(tiny_options, expected):
+def test_prompt_logprobs_keep_a_step_from_the_plain_programs(tiny_options, expected):
     params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=1, ignore_eos=True)
     with LLM(**tiny_options) as llm:
         (output,) = _run(llm, [PROMPTS[0]], params)
@@ -283,7 +283,7 @@ def test_the_pool_is_updated_in_place(llm):
     pool_bytes = num_blocks * runner.kv_spec.block_bytes
     for shape in (
         StepShape(4, 4, True),
-        StepShape(4, 4, True, greedy=True),
+        StepShape(4, 4, True, plain=True),
         StepShape(32, 4, False),
     ):
         compiled = runner._lower(shape, num_blocks).compile()

@@ -14,7 +14,7 @@ from jpaged.sampler import (
     SamplerState,
     init_row,
     sample,
-    sample_greedy,
+    sample_plain,
     token_logprobs,
     unpack_sampling_inputs,
 )
@@ -33,6 +33,11 @@ jitted_init_row = jax.jit(init_row)
 def jitted_step(logits, arrays, state, max_logprobs):
     inputs = unpack_sampling_inputs(**arrays)
     return sample(logits, inputs, state, max_logprobs=max_logprobs)
+
+
+@jax.jit
+def jitted_plain_step(logits, arrays, state):
+    return sample_plain(logits, unpack_sampling_inputs(**arrays), state)
 
 
 class Row:
@@ -421,7 +426,7 @@ def test_last_tokens_are_kept_for_every_sampled_row():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_greedy_rows_need_the_greedy_sampler_only(dtype):
+def test_plain_rows_need_the_plain_sampler_only(dtype):
     rows = 6
     logits = np.stack([random_logits(seed) for seed in range(rows)])
     logits[1] = np.round(logits[1])  # ties
@@ -429,9 +434,13 @@ def test_greedy_rows_need_the_greedy_sampler_only(dtype):
     row_ids = np.array([4, 0, 7, 2, 8, 8], np.int32)
     samples = np.array([1, 1, 1, 0, 0, 0], np.int32)
     bans = np.full((rows, MAX_BANS), -1, np.int32)
-    packed = RequestSampling(SamplingParams(**GREEDY), vocab_size=VOCAB_SIZE, seed=3).row(0)
+    fields: tuple[dict[str, Any], ...] = (GREEDY, {}, {"temperature": 0.3}, GREEDY, {}, {})
+    packed = [
+        RequestSampling(SamplingParams(**f), vocab_size=VOCAB_SIZE, seed=3).row(i)
+        for i, f in enumerate(fields)
+    ]
     arrays = {
-        "packed_rows": np.tile(packed, (rows, 1)),
+        "packed_rows": np.stack(packed),
         "position": np.arange(rows, dtype=np.int32),
         "rows": row_ids,
         "input_token": np.zeros(rows, np.int32),
@@ -449,12 +458,13 @@ def test_greedy_rows_need_the_greedy_sampler_only(dtype):
     )
     x = jnp.asarray(logits, dtype)
     expected, expected_state = jitted_step(x, arrays, state, 0)
-    tokens, new_state = jax.jit(sample_greedy)(x, row_ids, samples, state)
+    tokens, new_state = jitted_plain_step(x, arrays, state)
     assert tokens.dtype == jnp.int32
     np.testing.assert_array_equal(tokens, expected.tokens)
     jax.tree.map(np.testing.assert_array_equal, new_state, expected_state)
     kept = np.asarray(state.last_tokens).copy()
-    kept[row_ids[:3]] = np.asarray(x, np.float32)[:3].argmax(axis=1)
+    kept[row_ids[:3]] = tokens[:3]
+    assert tokens[0] == np.asarray(x, np.float32)[0].argmax()
     np.testing.assert_array_equal(new_state.last_tokens, kept)
 
 

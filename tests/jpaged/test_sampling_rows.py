@@ -112,7 +112,11 @@ def test_state_is_needed_for_penalties_and_bias_only(fields, needed):
         ({}, True),
         ({"top_p": 0.5, "top_k": 3, "min_p": 0.5, "seed": 4}, True),
         ({"max_tokens": 3, "stop_token_ids": [7], "ignore_eos": True}, True),
-        ({"temperature": 1.0}, False),
+        ({"temperature": 1.0}, True),
+        ({"temperature": 1.0, "top_k": VOCAB_SIZE}, True),
+        ({"temperature": 1.0, "top_k": 3}, False),
+        ({"temperature": 1.0, "top_p": 0.9}, False),
+        ({"temperature": 1.0, "min_p": 0.1}, False),
         ({"logprobs": 0}, False),
         ({"logprobs": 5}, False),
         ({"logit_bias": {1: 1.0}}, False),
@@ -125,13 +129,13 @@ def test_state_is_needed_for_penalties_and_bias_only(fields, needed):
         ({"repetition_penalty": 1.1}, False),
     ],
 )
-def test_a_request_is_plain_greedy_if_it_asks_for_nothing_else(fields, plain):
-    assert sampling(**{"temperature": 0.0, **fields}).is_plain_greedy is plain
+def test_a_request_is_plain_if_it_asks_for_nothing_else(fields, plain):
+    assert sampling(**{"temperature": 0.0, **fields}).is_plain is plain
 
 
-def test_min_tokens_without_a_token_to_ban_is_plain_greedy():
+def test_min_tokens_without_a_token_to_ban_is_plain():
     request = RequestSampling(SamplingParams(temperature=0, min_tokens=3), vocab_size=VOCAB_SIZE)
-    assert request.is_plain_greedy
+    assert request.is_plain
 
 
 def bias_of(request):
