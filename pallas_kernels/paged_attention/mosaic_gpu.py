@@ -11,6 +11,7 @@ from jpaged.pallas_kernels.paged_attention import (
     mosaic_gpu_chunks,
     mosaic_gpu_combine,
     mosaic_gpu_decode,
+    mosaic_gpu_decode_schedule,
 )
 
 
@@ -19,7 +20,7 @@ from jpaged.pallas_kernels.paged_attention import (
 class Schedule:
     """Who computes what in a step; `chunks` is None where every sequence has one query."""
 
-    decodes: mosaic_gpu_decode.DecodeSchedule
+    decodes: mosaic_gpu_decode_schedule.DecodeSchedule
     chunks: mosaic_gpu_chunks.ChunkSchedule | None
 
 
@@ -31,7 +32,7 @@ def unsupported_reasons(
     dtype: jax.typing.DTypeLike,
 ) -> list[str]:
     """Why the kernels cannot serve a problem on a GPU that they run on; empty if they can."""
-    decode = mosaic_gpu_decode.unsupported_reasons(
+    decode = mosaic_gpu_decode_schedule.unsupported_reasons(
         num_heads, num_kv_heads, head_dim, block_size, dtype
     )
     chunks = mosaic_gpu_chunks.unsupported_reasons(
@@ -72,11 +73,13 @@ def make_schedule(
             num_kv_heads=num_kv_heads,
             group_size=num_heads // num_kv_heads,
         )
-    decodes = mosaic_gpu_decode.make_schedule(
+    decodes = mosaic_gpu_decode_schedule.make_schedule(
         block_tables,
         seq_lens,
         query_start_loc,
-        mosaic_gpu_decode.choose_geometry(num_heads, num_kv_heads, head_dim, block_size, dtype),
+        mosaic_gpu_decode_schedule.choose_geometry(
+            num_heads, num_kv_heads, head_dim, block_size, dtype
+        ),
         sliding_window=sliding_window,
         num_programs=num_programs,
     )

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jpaged.pallas_kernels.paged_attention.mosaic_gpu_decode import (
-    MAX_START,
+from jpaged.pallas_kernels.paged_attention.mosaic_gpu_decode import MAX_START
+from jpaged.pallas_kernels.paged_attention.mosaic_gpu_decode_schedule import (
     MERGE_WIDTH,
     META_WIDTH,
     DecodeSchedule,

@@ -11,7 +11,12 @@ from helpers import RACE, gpu_interpreter, needs_gpu_interpreter
 
 from jpaged.pallas_kernels import mosaic_gpu as device
 from jpaged.pallas_kernels import paged_attention
-from jpaged.pallas_kernels.paged_attention import mosaic_gpu_combine, mosaic_gpu_decode, reference
+from jpaged.pallas_kernels.paged_attention import (
+    mosaic_gpu_combine,
+    mosaic_gpu_decode,
+    mosaic_gpu_decode_schedule,
+    reference,
+)
 from jpaged.pallas_kernels.paged_attention.cases import Case, make
 
 # Rounded weights of up to 300 slots, a rounded partial result and a rounded output.
@@ -68,10 +73,10 @@ MIXED = DECODES(name="mixed", query_lens=(1, 7, 1, 2, 1), seq_lens=(100, 33, 50,
 
 def _attend(arrays, case, *, num_programs, interpret=None, into=None, **combine_options):
     q, pool, tables = arrays["q"], arrays["pool"], arrays["block_tables"]
-    geometry = mosaic_gpu_decode.choose_geometry(
+    geometry = mosaic_gpu_decode_schedule.choose_geometry(
         q.shape[1], pool.shape[2], q.shape[2], pool.shape[3], q.dtype
     )
-    schedule = mosaic_gpu_decode.make_schedule(
+    schedule = mosaic_gpu_decode_schedule.make_schedule(
         tables,
         arrays["seq_lens"],
         arrays["query_start_loc"],
@@ -213,8 +218,8 @@ def test_says_what_it_cannot_serve(change, message):
         "block_size": 16,
         "dtype": jnp.bfloat16,
     }
-    assert not mosaic_gpu_decode.unsupported_reasons(**problem)
-    (reason,) = mosaic_gpu_decode.unsupported_reasons(**{**problem, **change})
+    assert not mosaic_gpu_decode_schedule.unsupported_reasons(**problem)
+    (reason,) = mosaic_gpu_decode_schedule.unsupported_reasons(**{**problem, **change})
     assert re.search(message, reason)
 
 
