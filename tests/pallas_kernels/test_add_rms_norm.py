@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import require_gpu_interpreter
 
 from jpaged.pallas_kernels.add_rms_norm import add_rms_norm
 
@@ -92,8 +93,7 @@ def test_refuses_dtypes():
 
 @pytest.fixture
 def kernel():
-    if jax.__version_info__ < (0, 11):
-        pytest.skip("Mosaic GPU's interpret mode needs jax 0.11")
+    require_gpu_interpreter()
     from jpaged.pallas_kernels import add_rms_norm_mosaic_gpu
 
     return add_rms_norm_mosaic_gpu

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import require_gpu_interpreter
 
 from jpaged.pallas_kernels import KVCacheSpec, copy_blocks
 
@@ -31,8 +32,7 @@ def test_refuses_unequal_lengths():
 
 @pytest.fixture
 def kernel():
-    if jax.__version_info__ < (0, 11):
-        pytest.skip("Mosaic GPU's interpret mode needs jax 0.11")
+    require_gpu_interpreter()
     from jpaged.pallas_kernels import copy_blocks_mosaic_gpu
 
     return copy_blocks_mosaic_gpu

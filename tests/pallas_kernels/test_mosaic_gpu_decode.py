@@ -98,6 +98,7 @@ def _attend(arrays, case, *, num_programs, interpret=None, into=None, **combine_
         interpret=interpret,
     )
     out = jax.freeze(ref) if ref is not None else out
+    assert out is not None
     ref = jax.new_ref(out.reshape(q.shape[0], geometry.head_groups, -1))
     mosaic_gpu_combine.combine(
         ref, partial, stats, schedule, interpret=interpret, **combine_options

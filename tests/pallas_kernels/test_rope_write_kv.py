@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import require_gpu_interpreter
 
 from jpaged.pallas_kernels import write_kv
 from jpaged.pallas_kernels.rope_write_kv import rope_write_kv
@@ -104,8 +105,7 @@ def test_refuses(changed, num_heads, message):
 
 @pytest.fixture
 def kernel():
-    if jax.__version_info__ < (0, 11):
-        pytest.skip("Mosaic GPU's interpret mode needs jax 0.11")
+    require_gpu_interpreter()
     from jpaged.pallas_kernels import rope_write_kv_mosaic_gpu
 
     return rope_write_kv_mosaic_gpu

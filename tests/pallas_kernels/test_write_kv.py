@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import require_gpu_interpreter
 
 from jpaged.pallas_kernels import write_kv
 
@@ -61,8 +62,7 @@ def test_refuses(k_shape, v_shape, num_slots, dtype, message):
 
 @pytest.fixture
 def kernel():
-    if jax.__version_info__ < (0, 11):
-        pytest.skip("Mosaic GPU's interpret mode needs jax 0.11")
+    require_gpu_interpreter()
     from jpaged.pallas_kernels import write_kv_mosaic_gpu
 
     return write_kv_mosaic_gpu
