@@ -5,7 +5,7 @@ Usage: python benchmarks/throughput.py --workloads DIR [--trace azure_conv] [--j
 
 Llama-3-8B's shapes with random weights by default, greedy, prefix caching off, random prompts of
 the trace's lengths, all requests at once through `LLM.generate`; every output must have exactly the
-length asked for. Everything is compiled before the clock starts.
+length asked for. Everything that will be needed is compiled before the clock starts.
 
 `--steady S` runs S requests of 64 + 512 tokens instead and reports the milliseconds an output token
 of steady decode: from when all decode to when the first ends, a few steps at either end left out.
@@ -28,7 +28,10 @@ import numpy as np
 from roofline import Ceilings, ModelShape, offline_floor, step_floor_s
 
 from jpaged import LLM, SamplingParams
+from jpaged.block_manager import BlockManager
+from jpaged.request import Request
 from jpaged.sampling_params import RequestOutputKind
+from jpaged.scheduler import Scheduler
 
 MAX_MODEL_LEN = 8192
 STEADY_PROMPT, STEADY_OUTPUT = 64, 512
@@ -37,14 +40,14 @@ STEADY_MARGIN = 4
 
 
 def make_llm(args: argparse.Namespace, directory: str) -> LLM:
-    """The engine, with all of its programs compiled or, if "lazy", none."""
+    """The engine; what it needs is compiled by `compile_for`."""
     return LLM(
         dummy_model.write_config(args.config, directory),
         load_format="dummy",
         dtype="bfloat16",
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
-        compilation=args.compilation,
+        compilation="lazy",
         max_model_len=args.max_total,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
@@ -67,6 +70,36 @@ def greedy(max_tokens: int) -> SamplingParams:
         max_tokens=max_tokens,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
+
+
+def compile_for(llm: LLM, lengths: list[tuple[int, int]]) -> int:
+    """Compiles the programs that requests of these lengths will need; how many those are.
+
+    The engine's scheduler and block manager run through the whole work without a device.
+    """
+    engine = llm.engine
+    manager = BlockManager(engine.runner.num_blocks, engine.config.block_size, False)
+    scheduler = Scheduler(engine.scheduler.config, manager)
+    for i, (prompt_len, output_len) in enumerate(lengths):
+        scheduler.add_request(Request(f"lengths-{i}", [0] * prompt_len, greedy(output_len)))
+    sizes: set[tuple[int, int, bool]] = set()
+    in_flight = None
+    while scheduler.has_unfinished():
+        step = scheduler.schedule()
+        num_seqs = len(step.seqs)
+        if num_seqs:
+            sizes.add((step.num_batched_tokens, num_seqs, step.num_decodes == num_seqs))
+        if in_flight is not None:
+            for seq, samples in zip(in_flight.seqs, in_flight.samples, strict=True):
+                if not samples or not scheduler.append_token(seq, 0):
+                    continue
+                if len(seq.token_ids) == seq.max_length:
+                    scheduler.finish_sequence(seq, "length")
+        in_flight = step if num_seqs else None
+    plan = engine.runner.plan
+    programs = {plan.best(*size, plain=True).name: plan.best(*size, plain=True) for size in sizes}
+    plan.compile(programs.values())
+    return len(programs)
 
 
 def generate_s(llm: LLM, prompts: list[list[int]], output_lens: list[int]) -> float:
@@ -93,11 +126,8 @@ def run_trace(
     model = dummy_model.model_shape(args.config)
     prompts = draw_prompts([prompt_len for prompt_len, _ in lengths], model.vocab_size)
     output_lens = [output_len for _, output_len in lengths]
-    if args.compilation == "lazy":
-        generate_s(llm, prompts, output_lens)
-    else:
-        # The programs are there; this makes the device load them.
-        generate_s(llm, prompts[:8], [min(length, 16) for length in output_lens[:8]])
+    # The programs are there; this makes the device load some of them.
+    generate_s(llm, prompts[:8], [min(length, 16) for length in output_lens[:8]])
     before = llm.stats()
     seconds = generate_s(llm, prompts, output_lens)
     stats = llm.stats()
@@ -138,7 +168,7 @@ def run_steady(llm: LLM, args: argparse.Namespace) -> tuple[dict[str, Any], list
     output_len = args.steady_output
     prompts = draw_prompts([STEADY_PROMPT] * num_seqs, model.vocab_size)
     # As many sequences as in the timed run, so that the same programs run.
-    generate_s(llm, prompts, [16 if args.compilation != "lazy" else output_len] * num_seqs)
+    generate_s(llm, prompts, [16] * num_seqs)
     requests = [
         engine.make_request(f"steady-{i}", prompt, greedy(output_len))
         for i, prompt in enumerate(prompts)
@@ -228,7 +258,6 @@ def parse_args() -> argparse.Namespace:
     add("--max-num-batched-tokens", type=int, default=16384)
     add("--max-logprobs", type=int, default=20, help="see EngineConfig")
     add("--memory-utilization", type=float, default=0.9)
-    add("--compilation", choices=("eager", "lazy"), default="eager", help="lazy: all is run twice")
     add("--read-tb-s", type=float, default=1e-12 * h200.read_bytes_s)
     add("--matmul-tflop-s", type=float, default=1e-12 * h200.matmul_flop_s)
     add("--prefill-tflop-s", type=float, default=1e-12 * h200.prefill_flop_s)
@@ -252,6 +281,11 @@ def main() -> None:
         start_s = time.perf_counter() - start
         print(f"engine started in {start_s:.1f} s", file=sys.stderr, flush=True)
     with llm:
+        start = time.perf_counter()
+        steady = [(STEADY_PROMPT, args.steady_output)] * (args.steady or 0)
+        num_programs = compile_for(llm, steady or lengths)
+        compile_s = time.perf_counter() - start
+        print(f"{num_programs} programs in {compile_s:.1f} s", file=sys.stderr, flush=True)
         results: dict[str, Any] = {
             "benchmark": "throughput",
             "model": {
@@ -263,8 +297,9 @@ def main() -> None:
             "max_num_batched_tokens": args.max_num_batched_tokens,
             "max_model_len": args.max_total,
             "num_blocks": llm.stats().num_blocks,
-            "programs": len(llm.compile_plan.programs),
+            "programs": num_programs,
             "engine_start_s": start_s,
+            "compile_s": compile_s,
             "ceilings": dataclasses.asdict(_ceilings(args)),
         }
         if args.steady:

@@ -6,13 +6,15 @@ step that nothing compiled can hold waits for its own program, which is then com
 """
 
 import bisect
+import concurrent.futures
 import dataclasses
 import enum
 import functools
+import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jpaged import platform
@@ -67,6 +69,17 @@ def _powers(start: int, stop: int, factor: int) -> list[int]:
     return [*sizes, stop]
 
 
+def _finer(sizes: list[int], above: int, pieces: int) -> list[int]:
+    """Sizes with every step above a size cut into equal pieces."""
+    cut = [
+        low + (high - low) * piece // pieces
+        for low, high in itertools.pairwise(sizes)
+        if low >= above
+        for piece in range(1, pieces)
+    ]
+    return sorted({*sizes, *cut})
+
+
 def step_shapes(
     max_num_batched_tokens: int, max_num_seqs: int, *, on_accelerator: bool = False
 ) -> tuple[StepShape, ...]:
@@ -80,29 +93,55 @@ def step_shapes(
         max_num_batched_tokens: Tokens of the largest step.
         max_num_seqs: Sequences of the largest step.
         on_accelerator: Small steps cost an accelerator as much as somewhat larger ones, so there
-            are fewer of them. Every shape comes a second time for plain steps: the conditions of
-            the full sampler make the host wait for the step.
+            are fewer of them; large ones are bound by their products, so padding costs as much as
+            tokens do, and there are more. Every shape comes a second time for plain steps, and
+            those between powers of two for them only: the conditions of the full sampler make the
+            host wait for the step.
     """
     min_tokens, min_seqs, min_decodes = MIN_CHUNK_TOKENS, MIN_MIXED_SEQS, 1
     if on_accelerator:
         min_tokens, min_seqs, min_decodes = 64, 64, 8
     decodes = _powers(min(min_decodes, max_num_seqs), max_num_seqs, 2)
-    decode = [StepShape(n, n, True) for n in decodes]
     seq_sizes = _powers(min(min_seqs, max_num_seqs), max_num_seqs, 8)
     token_sizes = _powers(min(min_tokens, max_num_batched_tokens), max_num_batched_tokens, 2)
+    first, rest = _shapes(decodes, seq_sizes, token_sizes)
+    if not on_accelerator:
+        return (*first, *rest)
+    decodes = _finer(_finer(decodes, above=128, pieces=2), above=512, pieces=2)
+    token_sizes = _finer(_finer(token_sizes, above=256, pieces=2), above=1024, pieces=2)
+    first_plain, rest_plain = (
+        [dataclasses.replace(shape, plain=True) for shape in shapes]
+        for shapes in _shapes(decodes, seq_sizes, token_sizes, min_seqs_of_tokens=1 / 16)
+    )
+    return (*first_plain, *first, *rest, *rest_plain)
+
+
+def _shapes(
+    decodes: list[int],
+    seq_sizes: list[int],
+    token_sizes: list[int],
+    min_seqs_of_tokens: float = 0.0,
+) -> tuple[list[StepShape], list[StepShape]]:
+    """All shapes of these sizes: those that a lone request needs, and the others.
+
+    Args:
+        decodes: Sequences of the steps that only decode.
+        seq_sizes: Sequences of the others.
+        token_sizes: Tokens of the others.
+        min_seqs_of_tokens: A mixed step has at least so many sequences a token, if there may be so
+            many: fewer would hardly be cheaper.
+    """
+    decode = [StepShape(n, n, True) for n in decodes]
     mixed = [
         StepShape(tokens, seqs, False)
         for tokens in token_sizes
         for seqs in seq_sizes
-        if seqs <= max(tokens, seq_sizes[0])
+        if min(tokens * min_seqs_of_tokens, seq_sizes[-1]) <= seqs <= max(tokens, seq_sizes[0])
     ]
-    # The largest mixed shape holds any step, so it comes first after what a lone request needs.
-    first = [s for s in (*mixed, *decode) if s.num_seqs <= MIN_MIXED_SEQS and s.num_tokens <= 64]
-    rest = [s for s in (*reversed(mixed), *reversed(decode)) if s not in first]
-    shapes = (*first, *rest)
-    if not on_accelerator:
-        return shapes
-    return (*shapes, *(dataclasses.replace(shape, plain=True) for shape in shapes))
+    first = [s for s in mixed if s.num_seqs == seq_sizes[0] and s.num_tokens <= 64]
+    first += [s for s in decode if s.num_seqs <= MIN_MIXED_SEQS]
+    # The largest mixed shape holds any step, so it comes first of the others.
+    return first, [s for s in (*reversed(mixed), *reversed(decode)) if s not in first]
 
 
 class ProgramState(enum.StrEnum):
@@ -231,6 +270,22 @@ class CompilePlan:
             thread.join()
         self._threads.clear()
 
+    def compile(self, programs: Iterable[Program]) -> None:
+        """Compiles these now, by as many threads as the plan has; for a plan that was not started.
+
+        Raises:
+            Exception: What the first compilation that failed raised.
+        """
+        with self._changed:
+            pending = [p for p in dict.fromkeys(programs) if p.state is ProgramState.PENDING]
+            for program in pending:
+                self._take(program)
+        with concurrent.futures.ThreadPoolExecutor(self._num_threads) as pool:
+            list(pool.map(self._run, pending))
+        for program in pending:
+            if program.error is not None:
+                raise program.error
+
     def find(
         self, num_tokens: int, num_seqs: int, decode_only: bool, plain: bool = False
     ) -> StepProgram:
@@ -239,24 +294,43 @@ class CompilePlan:
         Raises:
             ValueError: No shape of the plan is large enough.
         """
-        ideal = None
-        start = bisect.bisect_left(self._costs, (num_tokens, num_seqs, False, False))
+        holding = self._holding(num_tokens, num_seqs, decode_only, plain)
+        ideal = next(holding)
+        if ideal.state is ProgramState.READY:
+            return ideal
+        # Without threads nothing would ever compile the right one.
+        for program in holding if self._threads else ():
+            if program.state is ProgramState.READY:
+                self._hurry(ideal)
+                return program
+        self._demand(ideal)
+        return ideal
+
+    def best(
+        self, num_tokens: int, num_seqs: int, decode_only: bool, plain: bool = False
+    ) -> StepProgram:
+        """The cheapest program that holds the step, compiled or not.
+
+        Raises:
+            ValueError: No shape of the plan is large enough.
+        """
+        return next(self._holding(num_tokens, num_seqs, decode_only, plain))
+
+    def _holding(
+        self, num_tokens: int, num_seqs: int, decode_only: bool, plain: bool
+    ) -> Iterator[StepProgram]:
+        """The programs that hold the step, cheapest first; at least one."""
+        is_held = False
+        start = bisect.bisect_left(self._costs, (num_tokens, False, num_seqs, False))
         for program in self._by_cost[start:]:
             if program.shape.holds(num_tokens, num_seqs, decode_only, plain):
-                ideal = ideal or program
-                if program is ideal and program.state is ProgramState.READY:
-                    return program
-                # Without threads nothing would ever compile the right one.
-                if program.state is ProgramState.READY and self._threads:
-                    self._hurry(ideal)
-                    return program
-        if ideal is None:
+                is_held = True
+                yield program
+        if not is_held:
             raise ValueError(
                 f"no program of the compile plan holds a step of {num_tokens} tokens and "
                 f"{num_seqs} sequences"
             )
-        self._demand(ideal)
-        return ideal
 
     def get(self, name: str) -> Any:
         """What one of the `others` was compiled to, compiled now if it is not yet."""
@@ -328,5 +402,6 @@ def _is_over(program: Program) -> bool:
     return program.state in (ProgramState.READY, ProgramState.FAILED)
 
 
-def _cost(shape: StepShape) -> tuple[int, int, bool, bool]:
-    return (shape.num_tokens, shape.num_seqs, not shape.decode_only, not shape.plain)
+def _cost(shape: StepShape) -> tuple[int, bool, int, bool]:
+    # The wait of a program that is not plain costs more than the logits of some more sequences.
+    return (shape.num_tokens, not shape.plain, shape.num_seqs, not shape.decode_only)

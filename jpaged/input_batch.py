@@ -24,6 +24,10 @@ from jpaged.scheduler_output import SchedulerOutput
 # Steps in flight at most: the one that runs and the one that is filled, and one to spare.
 NUM_BUFFERS = 3
 
+# Ints of a piece (60 KiB) in which the buffer is sent: CUDA copies up to 64 KiB of ordinary memory
+# without making the host wait, and a larger copy would wait for the step before.
+PIECE = 15 * 1024
+
 # Ints (256 bytes): XLA hands a field to a GPU kernel where it lies, and the kernel's bulk copies
 # want it aligned.
 ALIGNMENT = 64
@@ -50,7 +54,7 @@ class StepArrays:
     rows: Any  # i32[S]
     samples: Any  # i32[S], whether a token is sampled
     sampling_rows: Any  # i32[S, NUM_COLUMNS]
-    ban_tokens: Any  # i32[S, MAX_BANS]
+    ban_tokens: Any  # i32[S, MAX_BANS], none in plain steps
     ban_if_last: Any  # i32[S, MAX_BANS]
     block_tables: Any  # i32[S, B]
 
@@ -59,6 +63,7 @@ class StepArrays:
 def _fields(shape: StepShape, max_blocks: int) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
     """Start, end and shape of each field of `StepArrays` in the buffer."""
     tokens, seqs = shape.num_tokens, shape.num_seqs
+    num_bans = 0 if shape.plain else MAX_BANS
     shapes: tuple[tuple[int, ...], ...] = (
         (tokens,),
         (tokens,),
@@ -69,8 +74,8 @@ def _fields(shape: StepShape, max_blocks: int) -> tuple[tuple[int, int, tuple[in
         (seqs,),
         (seqs,),
         (seqs, NUM_COLUMNS),
-        (seqs, MAX_BANS),
-        (seqs, MAX_BANS),
+        (seqs, num_bans),
+        (seqs, num_bans),
         (seqs, max_blocks),
     )
     fields, start = [], 0
@@ -84,6 +89,11 @@ def _fields(shape: StepShape, max_blocks: int) -> tuple[tuple[int, int, tuple[in
 def packed_size(shape: StepShape, max_blocks: int) -> int:
     """Length of the packed buffer."""
     return _fields(shape, max_blocks)[-1][1]
+
+
+def pieces(packed: Any) -> tuple[Any, ...]:
+    """A packed buffer, cut as it is sent."""
+    return tuple(packed[start : start + PIECE] for start in range(0, packed.shape[0], PIECE))
 
 
 def unpack(packed: Any, shape: StepShape, max_blocks: int) -> StepArrays:

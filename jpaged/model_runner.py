@@ -7,6 +7,7 @@ state. `dispatch` returns before the step has run; its result is read through th
 import dataclasses
 import logging
 import os
+import threading
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from jpaged import memory, sampler
 from jpaged.compile_plan import CompilePlan, StepShape, step_shapes
 from jpaged.config import SchedulerConfig
 from jpaged.engine_config import EngineConfig
-from jpaged.input_batch import NO_TOKEN, PENDING_TOKEN, InputBatch, packed_size, unpack
+from jpaged.input_batch import NO_TOKEN, PENDING_TOKEN, InputBatch, packed_size, pieces, unpack
 from jpaged.models.attention import AttentionMetadata
 from jpaged.models.loader import LoadedModel
 from jpaged.pallas_kernels import KVCacheSpec
@@ -150,6 +151,7 @@ class ModelRunner:
             self.num_blocks,
             max(packed_size(shape, self.max_blocks_per_seq) for shape in shapes),
         )
+        self._lowering = threading.Lock()
         self.plan = CompilePlan(
             shapes,
             self._compile,
@@ -169,9 +171,14 @@ class ModelRunner:
     # The step, traced once a shape.
 
     def _step(
-        self, shape: StepShape, params: Any, pools: Any, state: sampler.SamplerState, packed: Any
+        self,
+        shape: StepShape,
+        params: Any,
+        pools: Any,
+        state: sampler.SamplerState,
+        packed: tuple[Any, ...],
     ) -> tuple[Any, sampler.SamplerState, dict[str, Any]]:
-        arrays = unpack(packed, shape, self.max_blocks_per_seq)
+        arrays = unpack(jnp.concatenate(packed), shape, self.max_blocks_per_seq)
         # A pending token belongs to a decode row, and those stand at their sequence's index.
         seq_of_token = jnp.minimum(jnp.arange(shape.num_tokens), shape.num_seqs - 1)
         token_ids = jnp.where(
@@ -258,14 +265,17 @@ class ModelRunner:
 
         pool = jax.ShapeDtypeStruct(self.kv_spec.shape(num_blocks), self.kv_spec.dtype)
         config = self._model.config
-        packed = jax.ShapeDtypeStruct((packed_size(shape, self.max_blocks_per_seq),), jnp.int32)
+        packed = np.empty(packed_size(shape, self.max_blocks_per_seq), np.int32)
         step.__name__ = f"step_{shape.name}"
         return jax.jit(step, donate_argnums=(1, 2)).lower(
-            self._params, (pool,) * config.num_layers, self._abstract_state(), packed
+            self._params, (pool,) * config.num_layers, self._abstract_state(), pieces(packed)
         )
 
     def _compile(self, shape: StepShape) -> jax.stages.Compiled:
-        return self._lower(shape, self.num_blocks).compile()
+        # Tracing and lowering hold Python's lock: side by side, all would be through at the end.
+        with self._lowering:
+            lowered = self._lower(shape, self.num_blocks)
+        return lowered.compile()
 
     def _abstract_state(self) -> sampler.SamplerState:
         vocab_size = self._model.config.vocab_size
@@ -345,7 +355,7 @@ class ModelRunner:
             scheduled, program.shape, self._bans_of, self._wants_prompt_logprobs
         )
         self._pools, self._state, outputs = program.compiled(
-            self._params, self._pools, self._state, packed
+            self._params, self._pools, self._state, pieces(packed)
         )
         return StepHandle(scheduled, outputs)
 

@@ -153,9 +153,11 @@ def _check(x, w, transposed, activation, out_dtype, num_splits):
 def _xla(x, w, transposed, activation, out_dtype, num_splits):
     precision = jax.lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
 
-    def dot(x, w, dimension_numbers):
+    # A GPU's products are summed in float32 whatever comes out; asked for float32 where the caller
+    # wants less, XLA writes that to memory and converts it in a kernel of its own.
+    def dot(x, w, dimension_numbers, dtype=jnp.float32):
         return jax.lax.dot_general(
-            x, w, dimension_numbers, precision=precision, preferred_element_type=jnp.float32
+            x, w, dimension_numbers, precision=precision, preferred_element_type=dtype
         )
 
     depth = 1 if transposed else 0
@@ -163,7 +165,8 @@ def _xla(x, w, transposed, activation, out_dtype, num_splits):
         x = x.reshape(x.shape[0], num_splits, -1)
         w = w.reshape(*w.shape[:depth], num_splits, -1, *w.shape[depth + 1 :])
         return dot(x, w, (((2,), (depth + 1,)), ((1,), (depth,))))
-    out = dot(x, w, (((1,), (depth,)), ((), ())))
+    rounds_once = out_dtype == jnp.float32 or jax.default_backend() != "gpu"
+    out = dot(x, w, (((1,), (depth,)), ((), ())), jnp.float32 if rounds_once else x.dtype)
     if activation is None:
         return out.astype(out_dtype)
     gate, up = jnp.split(out.astype(x.dtype), 2, axis=1)

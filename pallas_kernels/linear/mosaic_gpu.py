@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from jpaged.pallas_kernels import mosaic_gpu
 from jpaged.pallas_kernels.linear.api import Activation
 
-MAX_ROWS = 256
+MAX_ROWS = 1024
 # Rows of one wgmma; fewer rows cost the same tensor time, which few rows have to spare.
 WGMMA_ROWS = 64
 # Bytes of a row of a staging tile: the widest swizzle, so stores to it meet no bank conflicts.

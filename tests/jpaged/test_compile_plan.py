@@ -1,4 +1,3 @@
-import dataclasses
 import subprocess
 import sys
 import threading
@@ -52,16 +51,68 @@ def test_every_single_step_size_fits(budgets):
             assert any(s.holds(num_tokens, num_seqs, False) for s in shapes)
 
 
-def test_an_accelerator_has_fewer_small_shapes_and_each_twice():
+def test_an_accelerator_has_fewer_small_shapes():
     shapes = step_shapes(8192, 256, on_accelerator=True)
     assert len(shapes) < 60
-    general = [s for s in shapes if not s.plain]
-    assert list(shapes[len(general) :]) == [dataclasses.replace(s, plain=True) for s in general]
-    assert min(s.num_seqs for s in general) == 8
-    assert min(s.num_tokens for s in general if not s.decode_only) == 64
-    for num_seqs in (1, 8, 9, 256):
-        assert any(s.holds(num_seqs, num_seqs, True) for s in general)
-        assert any(s.holds(8192, num_seqs, False) for s in general)
+    for plain in (False, True):
+        of_kind = [s for s in shapes if s.plain == plain]
+        assert min(s.num_seqs for s in of_kind) == 8
+        assert min(s.num_tokens for s in of_kind if not s.decode_only) == 64
+        for num_seqs in (1, 8, 9, 256):
+            assert any(s.holds(num_seqs, num_seqs, True, plain) for s in of_kind)
+            assert any(s.holds(8192, num_seqs, False, plain) for s in of_kind)
+
+
+@given(budgets=_budgets(), data=st.data())
+def test_an_accelerator_pads_large_plain_steps_little(budgets, data):
+    max_tokens, max_seqs = budgets
+    plan = CompilePlan(
+        step_shapes(max_tokens, max_seqs, on_accelerator=True), lambda shape: shape, num_threads=1
+    )
+    num_seqs = data.draw(st.integers(1, max_seqs))
+    num_tokens = data.draw(st.integers(num_seqs, max_tokens))
+    decode = plan.best(num_seqs, num_seqs, True, plain=True).shape
+    assert decode.num_seqs < max(2 * num_seqs, 9) if num_seqs <= 128 else 1.5 * num_seqs + 1
+    mixed = plan.best(num_tokens, num_seqs, False, plain=True).shape
+    assert mixed.plain
+    if num_tokens > 1024 > num_seqs:
+        assert mixed.num_tokens <= 1.25 * num_tokens
+
+
+def test_what_a_lone_request_needs_comes_first_on_an_accelerator():
+    names = [s.name for s in step_shapes(8192, 256, on_accelerator=True)]
+    assert names[:5] == [
+        "mixed_64x64_plain",
+        "decode_8_plain",
+        "mixed_64x64",
+        "decode_8",
+        "mixed_8192x256",
+    ]
+
+
+def test_programs_can_be_compiled_before_they_are_needed():
+    compiled = []
+
+    def compile_shape(shape):
+        compiled.append(shape)
+        return shape
+
+    plan = CompilePlan(SHAPES, compile_shape, num_threads=2, strict=True)
+    plan.compile([plan.best(9, 2, False), plan.best(40, 2, False), plan.best(9, 2, False)])
+    assert sorted(compiled) == [SMALL, LARGE]
+    plan.compile(plan.programs)
+    assert sorted(compiled) == [SMALL, MIDDLE, LARGE]
+    assert plan.find(17, 4, False).shape == MIDDLE
+    assert plan.num_on_demand == 0
+
+
+def test_compiling_ahead_raises_what_a_compilation_raised():
+    def fail(shape):
+        raise RuntimeError(f"no {shape.name}")
+
+    plan = CompilePlan((SMALL,), fail, num_threads=1)
+    with pytest.raises(RuntimeError, match="no mixed_16x4"):
+        plan.compile(plan.programs)
 
 
 def test_a_plain_step_runs_in_a_plain_program_where_that_is_ready():

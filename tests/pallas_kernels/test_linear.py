@@ -141,7 +141,7 @@ def test_persistent_programs_have_no_races(k, n, config, out_dtype, interpret, m
 
 
 @needs_gpu_interpreter
-@pytest.mark.parametrize("m", [1, 64, 128, 192, 256])
+@pytest.mark.parametrize("m", [1, 64, 128, 192, 256, 384, 640, 1024])
 @pytest.mark.parametrize("name", SHAPES)
 def test_chosen_config_lowers_for_cuda(name, m):
     k, n, activation, transposed = SHAPES[name]
@@ -160,7 +160,7 @@ def test_chosen_config_lowers_for_cuda(name, m):
 
 
 @pytest.mark.parametrize("name", ["qkv", "o", "down"])
-@pytest.mark.parametrize("m", [1, 64, 128, 256])
+@pytest.mark.parametrize("m", [1, 64, 128, 256, 896])
 def test_narrow_weights_are_split_to_fill_the_chip(m, name):
     k, n, *_ = SHAPES[name]
     config = kernel.choose_config(m, k, n)
@@ -211,7 +211,7 @@ def test_output_dtype_is_kept():
 
 @pytest.mark.skipif(bool(device.device_reasons()), reason="needs a GPU that runs Mosaic kernels")
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [1, 64, 256])
+@pytest.mark.parametrize("m", [1, 64, 256, 1024])
 @pytest.mark.parametrize("name", ["qkv", "gate_up", "down"])
 def test_gpu_equals_float64(name, m):
     k, n, activation, _ = SHAPES[name]
@@ -224,7 +224,7 @@ def test_gpu_equals_float64(name, m):
     ("problem", "options", "reason"),
     [
         ((8, 64, 64, F32), {}, "dtype must be bfloat16 or float16, got float32"),
-        ((257, 64, 64, BF16), {}, "serves 1 to 256 rows, got 257"),
+        ((1025, 64, 64, BF16), {}, "serves 1 to 1024 rows, got 1025"),
         ((8, 96, 64, BF16), {}, "the depth must be a multiple of 64, got 96"),
         ((8, 192, 64, BF16), {"num_splits": 2}, "num_splits must divide the 3 steps"),
         ((8, 64, 96, BF16), {}, "the columns must be a multiple of 64, got 96"),
