@@ -2,10 +2,6 @@
 
 JAX reserves three quarters of a GPU when its backend first starts. An engine sizes its own pool, so
 the package asks for no preallocation and a high ceiling; that only works before the backend starts.
-
-A step on a GPU is one CUDA graph (XLA: command buffer), which is updated, kernel by kernel, where
-an address differs from the call before. So temporary buffers get an allocator of their own, from
-which a step gets the same address every time.
 """
 
 import atexit
@@ -20,19 +16,15 @@ logger = logging.getLogger(__name__)
 
 _MEM_FRACTION, _OLD_MEM_FRACTION = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _ALLOCATOR_DEFAULTS = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", _MEM_FRACTION: "0.97"}
-_TEMP_FLAG = "--xla_gpu_temp_buffer_use_separate_color"
 
 
 def set_allocator_limits() -> None:
-    """Sets the GPU allocator's options unless the user has, and warns where it comes too late."""
+    """Sets the GPU allocator's limits unless the user has, and warns where it comes too late."""
     import sys
 
     missing = {k: v for k, v in _ALLOCATOR_DEFAULTS.items() if k not in os.environ}
     if _OLD_MEM_FRACTION in os.environ:  # JAX refuses to start when it finds both names
         missing.pop(_MEM_FRACTION, None)
-    flags = os.environ.get("XLA_FLAGS", "")
-    if _TEMP_FLAG not in flags:
-        missing["XLA_FLAGS"] = f"{flags} {_TEMP_FLAG}=true".strip()
     if not missing:
         return
     bridge = sys.modules.get("jax._src.xla_bridge")

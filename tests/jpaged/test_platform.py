@@ -14,9 +14,7 @@ NAMES = (
     "XLA_PYTHON_CLIENT_PREALLOCATE",
     "XLA_CLIENT_MEM_FRACTION",
     "XLA_PYTHON_CLIENT_MEM_FRACTION",
-    "XLA_FLAGS",
 )
-TEMP_FLAG = "--xla_gpu_temp_buffer_use_separate_color"
 
 
 @pytest.fixture
@@ -42,7 +40,6 @@ def test_limits_are_set_before_jax_starts(environment):
     assert _limits() == {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "XLA_CLIENT_MEM_FRACTION": "0.97",
-        "XLA_FLAGS": f"{TEMP_FLAG}=true",
     }
 
 
@@ -50,20 +47,11 @@ def test_the_users_limits_hold(environment):
     _pretend(environment, started=False)
     environment.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
     environment.setenv("XLA_CLIENT_MEM_FRACTION", "0.4")
-    environment.setenv("XLA_FLAGS", f"{TEMP_FLAG}=false")
     platform.set_allocator_limits()
     assert _limits() == {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "true",
         "XLA_CLIENT_MEM_FRACTION": "0.4",
-        "XLA_FLAGS": f"{TEMP_FLAG}=false",
     }
-
-
-def test_other_flags_of_the_user_stay(environment):
-    _pretend(environment, started=False)
-    environment.setenv("XLA_FLAGS", "--xla_dump_to=x")
-    platform.set_allocator_limits()
-    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=x {TEMP_FLAG}=true"
 
 
 def test_a_fraction_under_its_old_name_is_not_set_again(environment):
@@ -74,7 +62,6 @@ def test_a_fraction_under_its_old_name_is_not_set_again(environment):
     assert _limits() == {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4",
-        "XLA_FLAGS": f"{TEMP_FLAG}=true",
     }
 
 
@@ -99,7 +86,6 @@ def test_a_user_who_has_set_everything_is_not_warned(environment, caplog):
     _pretend(environment, started=True, backend="gpu")
     environment.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
     environment.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.4")
-    environment.setenv("XLA_FLAGS", f"{TEMP_FLAG}=true")
     platform.set_allocator_limits()
     assert not caplog.records
 
