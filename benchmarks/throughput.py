@@ -4,8 +4,9 @@ Usage: python benchmarks/throughput.py --workloads DIR [--trace azure_conv] [--j
        python benchmarks/throughput.py --steady 64 [--json FILE]
 
 Llama-3-8B's shapes with random weights by default, greedy, prefix caching off, random prompts of
-the trace's lengths, all requests at once through `LLM.generate`; every output must have exactly the
-length asked for. Everything that will be needed is compiled before the clock starts.
+the trace's lengths, all requests at once, the engine stepped as by `LLM.generate`; every output
+must have exactly the length asked for. Everything that will be needed is compiled before the clock
+starts.
 
 `--steady S` runs S requests of 64 + 512 tokens instead and reports the milliseconds an output token
 of steady decode: from when all decode to when the first ends, a few steps at either end left out.
@@ -25,13 +26,14 @@ from typing import Any
 import common
 import dummy_model
 import numpy as np
-from roofline import Ceilings, ModelShape, offline_floor, step_floor_s
+from roofline import Ceilings, ModelShape, offline_floor, step_floor_s, visible_pairs
 
 from jpaged import LLM, SamplingParams
 from jpaged.block_manager import BlockManager
 from jpaged.request import Request
 from jpaged.sampling_params import RequestOutputKind
 from jpaged.scheduler import Scheduler
+from jpaged.scheduler_output import SchedulerOutput
 
 MAX_MODEL_LEN = 8192
 STEADY_PROMPT, STEADY_OUTPUT = 64, 512
@@ -72,64 +74,135 @@ def greedy(max_tokens: int) -> SamplingParams:
     )
 
 
-def compile_for(llm: LLM, lengths: list[tuple[int, int]]) -> int:
-    """Compiles the programs that requests of these lengths will need; how many those are.
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepWork:
+    """What one step has to do."""
 
-    The engine's scheduler and block manager run through the whole work without a device.
-    """
+    num_tokens: int
+    num_sampled: int
+    num_seqs: int
+    decode_only: bool
+    decode_context: int
+    prefill_pairs: int
+
+    @property
+    def kind(self) -> str:
+        """Steps of one kind are reported together."""
+        return f"decode, up to {_kind_limit(self.num_seqs)}" if self.decode_only else "mixed"
+
+
+def _kind_limit(num_seqs: int) -> int:
+    return next(limit for limit in (64, 256, 512, 1 << 20) if num_seqs <= limit)
+
+
+def simulate(llm: LLM, lengths: list[tuple[int, int]]) -> list[StepWork]:
+    """The steps of the whole work, by the engine's scheduler and block manager without a device."""
     engine = llm.engine
     manager = BlockManager(engine.runner.num_blocks, engine.config.block_size, False)
     scheduler = Scheduler(engine.scheduler.config, manager)
     for i, (prompt_len, output_len) in enumerate(lengths):
         scheduler.add_request(Request(f"lengths-{i}", [0] * prompt_len, greedy(output_len)))
-    sizes: set[tuple[int, int, bool]] = set()
+    works = []
     in_flight = None
     while scheduler.has_unfinished():
         step = scheduler.schedule()
-        num_seqs = len(step.seqs)
-        if num_seqs:
-            sizes.add((step.num_batched_tokens, num_seqs, step.num_decodes == num_seqs))
+        if step.seqs:
+            works.append(_work_of(step))
         if in_flight is not None:
             for seq, samples in zip(in_flight.seqs, in_flight.samples, strict=True):
                 if not samples or not scheduler.append_token(seq, 0):
                     continue
                 if len(seq.token_ids) == seq.max_length:
                     scheduler.finish_sequence(seq, "length")
-        in_flight = step if num_seqs else None
-    plan = engine.runner.plan
-    programs = {plan.best(*size, plain=True).name: plan.best(*size, plain=True) for size in sizes}
+        in_flight = step if step.seqs else None
+    return works
+
+
+def _work_of(step: SchedulerOutput) -> StepWork:
+    chunks = range(step.num_decodes, len(step.seqs))
+    ends = [step.starts[i] + step.num_scheduled_tokens[i] for i in range(len(step.seqs))]
+    return StepWork(
+        num_tokens=step.num_batched_tokens,
+        num_sampled=sum(step.samples),
+        num_seqs=len(step.seqs),
+        decode_only=not chunks,
+        decode_context=sum(ends[: step.num_decodes]),
+        prefill_pairs=sum(visible_pairs(step.num_scheduled_tokens[i], ends[i]) for i in chunks),
+    )
+
+
+def compile_for(llm: LLM, works: list[StepWork]) -> int:
+    """Compiles the programs that these steps need; how many those are."""
+    plan = llm.engine.runner.plan
+    sizes = {(work.num_tokens, work.num_seqs, work.decode_only) for work in works}
+    programs = {program.name: program for size in sizes for program in [plan.best(*size, True)]}
     plan.compile(programs.values())
     return len(programs)
 
 
-def generate_s(llm: LLM, prompts: list[list[int]], output_lens: list[int]) -> float:
-    """Seconds of the whole trace.
+def run_steps(llm: LLM, prompts: list[list[int]], output_lens: list[int]) -> list[float]:
+    """Seconds between the results of each step and of the one before it, of the whole trace.
 
     Raises:
         RuntimeError: An output has not the length that was asked for.
     """
-    params = [greedy(length) for length in output_lens]
-    start = time.perf_counter()
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    seconds = time.perf_counter() - start
-    lengths = [len(output.outputs[0].token_ids) for output in outputs]
-    if lengths != output_lens:
-        wrong = sum(a != b for a, b in zip(lengths, output_lens, strict=True))
+    engine = llm.engine
+    lengths: dict[str, int] = {}
+    times = []
+    last = time.perf_counter()
+    for i, (prompt, length) in enumerate(zip(prompts, output_lens, strict=True)):
+        engine.add_request(engine.make_request(f"trace-{i}", prompt, greedy(length)))
+    while engine.has_unfinished:
+        for output in engine.step():
+            lengths[output.request_id] = len(output.outputs[0].token_ids)
+        now = time.perf_counter()
+        times.append(now - last)
+        last = now
+    wrong = sum(lengths[f"trace-{i}"] != length for i, length in enumerate(output_lens))
+    if wrong:
         raise RuntimeError(f"{wrong} of {len(lengths)} outputs have the wrong length")
-    return seconds
+    return times
+
+
+def by_kind(
+    works: list[StepWork], times: list[float], model: ModelShape, ceilings: Ceilings
+) -> dict[str, dict[str, float]]:
+    """Steps, seconds and floor of each kind of step.
+
+    Results come one step late, so the first call returns before the first step has run.
+    """
+    kinds: dict[str, dict[str, float]] = {}
+    for work, seconds in zip(works, times[1:], strict=False):
+        kind = kinds.setdefault(work.kind, {"steps": 0, "seconds": 0.0, "floor_s": 0.0})
+        parts = step_floor_s(
+            model,
+            ceilings,
+            num_tokens=work.num_tokens,
+            num_sampled=work.num_sampled,
+            decode_context=work.decode_context,
+            prefill_pairs=work.prefill_pairs,
+        )
+        kind["steps"] += 1
+        kind["seconds"] += seconds
+        kind["floor_s"] += sum(parts.values())
+    return kinds
 
 
 def run_trace(
-    llm: LLM, lengths: list[tuple[int, int]], args: argparse.Namespace
+    llm: LLM,
+    lengths: list[tuple[int, int]],
+    works: list[StepWork],
+    args: argparse.Namespace,
 ) -> tuple[dict[str, Any], list[Any]]:
     """Result of the whole trace, and its row of the table."""
     model = dummy_model.model_shape(args.config)
     prompts = draw_prompts([prompt_len for prompt_len, _ in lengths], model.vocab_size)
     output_lens = [output_len for _, output_len in lengths]
     # The programs are there; this makes the device load some of them.
-    generate_s(llm, prompts[:8], [min(length, 16) for length in output_lens[:8]])
+    run_steps(llm, prompts[:8], [min(length, 16) for length in output_lens[:8]])
     before = llm.stats()
-    seconds = generate_s(llm, prompts, output_lens)
+    times = run_steps(llm, prompts, output_lens)
+    seconds = sum(times)
     stats = llm.stats()
     floor_s, floor_steps = offline_floor(
         lengths,
@@ -156,6 +229,7 @@ def run_trace(
         "floor_s": floor_s,
         "floor_steps": floor_steps,
         "fraction": floor_s / seconds,
+        "by_kind": by_kind(works, times, model, _ceilings(args)),
     }
     keys = ("seconds", "tok_s", "output_tok_s", "steps", "floor_s", "fraction")
     return result, [f"{args.trace} x {len(lengths)}", *(result[key] for key in keys)]
@@ -168,7 +242,7 @@ def run_steady(llm: LLM, args: argparse.Namespace) -> tuple[dict[str, Any], list
     output_len = args.steady_output
     prompts = draw_prompts([STEADY_PROMPT] * num_seqs, model.vocab_size)
     # As many sequences as in the timed run, so that the same programs run.
-    generate_s(llm, prompts, [16] * num_seqs)
+    run_steps(llm, prompts, [16] * num_seqs)
     requests = [
         engine.make_request(f"steady-{i}", prompt, greedy(output_len))
         for i, prompt in enumerate(prompts)
@@ -283,7 +357,8 @@ def main() -> None:
     with llm:
         start = time.perf_counter()
         steady = [(STEADY_PROMPT, args.steady_output)] * (args.steady or 0)
-        num_programs = compile_for(llm, steady or lengths)
+        works = simulate(llm, steady or lengths)
+        num_programs = compile_for(llm, works)
         compile_s = time.perf_counter() - start
         print(f"{num_programs} programs in {compile_s:.1f} s", file=sys.stderr, flush=True)
         results: dict[str, Any] = {
@@ -306,9 +381,13 @@ def main() -> None:
             results["steady"], row = run_steady(llm, args)
             header = ["sequences", "ms/token", "median step ms", "tok/s", "floor ms", "fraction"]
         else:
-            results["offline"], row = run_trace(llm, lengths, args)
+            results["offline"], row = run_trace(llm, lengths, works, args)
             header = ["trace", "s", "tok/s", "output tok/s", "steps", "floor s", "fraction"]
     common.print_table(header, [row])
+    if args.steady is None:
+        kinds = results["offline"]["by_kind"]
+        rows = [[name, k["steps"], k["seconds"], k["floor_s"]] for name, k in kinds.items()]
+        common.print_table(["kind of step", "steps", "s", "floor s"], rows)
     common.finish(results, args.json)
 
 

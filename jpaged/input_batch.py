@@ -24,10 +24,6 @@ from jpaged.scheduler_output import SchedulerOutput
 # Steps in flight at most: the one that runs and the one that is filled, and one to spare.
 NUM_BUFFERS = 3
 
-# Ints of a piece (60 KiB) in which the buffer is sent: CUDA copies up to 64 KiB of ordinary memory
-# without making the host wait, and a larger copy would wait for the step before.
-PIECE = 15 * 1024
-
 # Ints (256 bytes): XLA hands a field to a GPU kernel where it lies, and the kernel's bulk copies
 # want it aligned.
 ALIGNMENT = 64
@@ -89,11 +85,6 @@ def _fields(shape: StepShape, max_blocks: int) -> tuple[tuple[int, int, tuple[in
 def packed_size(shape: StepShape, max_blocks: int) -> int:
     """Length of the packed buffer."""
     return _fields(shape, max_blocks)[-1][1]
-
-
-def pieces(packed: Any) -> tuple[Any, ...]:
-    """A packed buffer, cut as it is sent."""
-    return tuple(packed[start : start + PIECE] for start in range(0, packed.shape[0], PIECE))
 
 
 def unpack(packed: Any, shape: StepShape, max_blocks: int) -> StepArrays:

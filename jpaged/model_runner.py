@@ -20,7 +20,7 @@ from jpaged import memory, sampler
 from jpaged.compile_plan import CompilePlan, StepShape, step_shapes
 from jpaged.config import SchedulerConfig
 from jpaged.engine_config import EngineConfig
-from jpaged.input_batch import NO_TOKEN, PENDING_TOKEN, InputBatch, packed_size, pieces, unpack
+from jpaged.input_batch import NO_TOKEN, PENDING_TOKEN, InputBatch, packed_size, unpack
 from jpaged.models.attention import AttentionMetadata
 from jpaged.models.loader import LoadedModel
 from jpaged.pallas_kernels import KVCacheSpec
@@ -129,8 +129,6 @@ class ModelRunner:
             scheduler_config.max_num_seqs,
             on_accelerator=jax.default_backend() != "cpu",
         )
-        self._max_packed_size = max(packed_size(s, self.max_blocks_per_seq) for s in shapes)
-        self._inputs = jnp.zeros(self._max_packed_size, jnp.int32)
         self._banning: list[RequestSampling | None] = [None] * self._num_rows
         self._wants_prompt = [False] * self._num_rows
         self._is_plain = [False] * self._num_rows
@@ -151,7 +149,7 @@ class ModelRunner:
             self.max_blocks_per_seq,
             config.block_size,
             self.num_blocks,
-            self._max_packed_size,
+            max(packed_size(shape, self.max_blocks_per_seq) for shape in shapes),
         )
         self._lowering = threading.Lock()
         self.plan = CompilePlan(
@@ -178,14 +176,9 @@ class ModelRunner:
         params: Any,
         pools: Any,
         state: sampler.SamplerState,
-        inputs: jax.Array,
-        packed: tuple[Any, ...],
-    ) -> tuple[Any, sampler.SamplerState, jax.Array, dict[str, Any]]:
-        # What comes from the host lies somewhere else in every step, and a CUDA graph is updated
-        # where an address has changed: one kernel copies it to where all others expect it.
-        size = packed_size(shape, self.max_blocks_per_seq)
-        inputs = lax.optimization_barrier(inputs.at[:size].set(jnp.concatenate(packed)))
-        arrays = unpack(inputs[:size], shape, self.max_blocks_per_seq)
+        packed: Any,
+    ) -> tuple[Any, sampler.SamplerState, dict[str, Any]]:
+        arrays = unpack(packed, shape, self.max_blocks_per_seq)
         # A pending token belongs to a decode row, and those stand at their sequence's index.
         seq_of_token = jnp.minimum(jnp.arange(shape.num_tokens), shape.num_seqs - 1)
         token_ids = jnp.where(
@@ -204,7 +197,7 @@ class ModelRunner:
             params, token_ids, arrays.positions, pools, metadata
         )
         last = jnp.maximum(arrays.query_start_loc[1:] - 1, 0)
-        sampling = sampler.unpack_sampling_inputs(
+        inputs = sampler.unpack_sampling_inputs(
             arrays.sampling_rows,
             arrays.seq_lens,
             arrays.rows,
@@ -215,13 +208,13 @@ class ModelRunner:
         )
         logits = self._model.logits(params, hidden[last])
         if shape.plain:
-            tokens, state = sampler.sample_plain(logits, sampling, state)
-            return pools, state, inputs, {"tokens": tokens}
-        sampled, state = sampler.sample(logits, sampling, state, max_logprobs=self.max_logprobs)
+            tokens, state = sampler.sample_plain(logits, inputs, state)
+            return pools, state, {"tokens": tokens}
+        sampled, state = sampler.sample(logits, inputs, state, max_logprobs=self.max_logprobs)
         outputs: dict[str, Any] = {"tokens": sampled.tokens, "sampled": sampled}
         if self.max_logprobs and not shape.decode_only:
             outputs["prompt"] = self._prompt_logprobs(params, hidden, arrays.next_token_ids)
-        return pools, state, inputs, outputs
+        return pools, state, outputs
 
     def _prompt_logprobs(
         self, params: Any, hidden: jax.Array, next_token_ids: jax.Array
@@ -267,19 +260,15 @@ class ModelRunner:
     # Compilation.
 
     def _lower(self, shape: StepShape, num_blocks: int) -> jax.stages.Lowered:
-        def step(params, pools, state, inputs, packed):
-            return self._step(shape, params, pools, state, inputs, packed)
+        def step(params, pools, state, packed):
+            return self._step(shape, params, pools, state, packed)
 
         pool = jax.ShapeDtypeStruct(self.kv_spec.shape(num_blocks), self.kv_spec.dtype)
         config = self._model.config
-        packed = np.empty(packed_size(shape, self.max_blocks_per_seq), np.int32)
+        packed = jax.ShapeDtypeStruct((packed_size(shape, self.max_blocks_per_seq),), jnp.int32)
         step.__name__ = f"step_{shape.name}"
-        return jax.jit(step, donate_argnums=(1, 2, 3)).lower(
-            self._params,
-            (pool,) * config.num_layers,
-            self._abstract_state(),
-            jax.ShapeDtypeStruct((self._max_packed_size,), jnp.int32),
-            pieces(packed),
+        return jax.jit(step, donate_argnums=(1, 2)).lower(
+            self._params, (pool,) * config.num_layers, self._abstract_state(), packed
         )
 
     def _compile(self, shape: StepShape) -> jax.stages.Compiled:
@@ -365,8 +354,8 @@ class ModelRunner:
         packed = self._batch.fill(
             scheduled, program.shape, self._bans_of, self._wants_prompt_logprobs
         )
-        self._pools, self._state, self._inputs, outputs = program.compiled(
-            self._params, self._pools, self._state, self._inputs, pieces(packed)
+        self._pools, self._state, outputs = program.compiled(
+            self._params, self._pools, self._state, packed
         )
         return StepHandle(scheduled, outputs)
 
@@ -400,11 +389,10 @@ class ModelRunner:
         kept.
         """
         try:
-            jax.block_until_ready((self._pools, self._state, self._inputs))
+            jax.block_until_ready((self._pools, self._state))
         except RuntimeError:  # deleted, or the result of a step that failed
             self._pools = ()
             self._pools = self._allocate_pools()
-            self._inputs = jnp.zeros(self._max_packed_size, jnp.int32)
             self._state = sampler.SamplerState.zeros(self._num_rows, self._model.config.vocab_size)
 
     def shutdown(self) -> None:
