@@ -34,7 +34,7 @@ class StepShape:
         num_seqs: sequences.
         decode_only: whether every sequence decodes.
         plain: whether every sequence takes its most likely token, or draws from all of them, and
-            asks for nothing else.
+            asks for nothing else, and no block is copied.
     """
 
     num_tokens: int
@@ -49,6 +49,11 @@ class StepShape:
         if self.decode_only:
             return f"decode_{self.num_seqs}{suffix}"
         return f"mixed_{self.num_tokens}x{self.num_seqs}{suffix}"
+
+    @property
+    def num_copies(self) -> int:
+        """Blocks that may be copied in a step: a sequence copies at most the one it writes to."""
+        return 0 if self.plain else self.num_seqs
 
     def holds(self, num_tokens: int, num_seqs: int, decode_only: bool, plain: bool = False) -> bool:
         """Whether a step of this real size fits."""
@@ -87,7 +92,8 @@ def step_shapes(
 
     Decode steps pad their sequences to a power of two. Mixed steps pad their tokens to a power of
     two, since a chunk's cost follows them, and their sequences to a power of eight, since those
-    cost only the last layer's logits; no mixed step has more sequences than tokens.
+    cost only the last layer's logits; none has more sequences than tokens (a step of few tokens in
+    which many sequences fork takes one with more tokens).
 
     Args:
         max_num_batched_tokens: Tokens of the largest step.

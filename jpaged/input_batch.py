@@ -37,8 +37,9 @@ NO_TOKEN = -1
 class StepArrays:
     """The fields of a packed buffer, on the host (NumPy views) or in the step (slices).
 
-    T tokens, S sequences, B blocks of a table. Rows of padding have query and context length 0 and
-    write to the null block.
+    T tokens, S sequences, B blocks of a table, C block copies: as many as sequences, none where the
+    program makes no copies. Rows of padding have query and context length 0 and write to the null
+    block; copies of padding copy the null block onto itself.
     """
 
     token_ids: Any  # i32[T], PENDING_TOKEN where the device has it
@@ -52,13 +53,15 @@ class StepArrays:
     sampling_rows: Any  # i32[S, NUM_COLUMNS]
     ban_tokens: Any  # i32[S, MAX_BANS], none in plain steps
     ban_if_last: Any  # i32[S, MAX_BANS]
+    copy_sources: Any  # i32[C]
+    copy_destinations: Any  # i32[C]
     block_tables: Any  # i32[S, B]
 
 
 @functools.cache
 def _fields(shape: StepShape, max_blocks: int) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
     """Start, end and shape of each field of `StepArrays` in the buffer."""
-    tokens, seqs = shape.num_tokens, shape.num_seqs
+    tokens, seqs, copies = shape.num_tokens, shape.num_seqs, shape.num_copies
     num_bans = 0 if shape.plain else MAX_BANS
     shapes: tuple[tuple[int, ...], ...] = (
         (tokens,),
@@ -72,6 +75,8 @@ def _fields(shape: StepShape, max_blocks: int) -> tuple[tuple[int, int, tuple[in
         (seqs, NUM_COLUMNS),
         (seqs, num_bans),
         (seqs, num_bans),
+        (copies,),
+        (copies,),
         (seqs, max_blocks),
     )
     fields, start = [], 0
@@ -131,8 +136,8 @@ class InputBatch:
         """The packed buffer of a step, valid until `NUM_BUFFERS` more have been filled.
 
         Raises:
-            RuntimeError: A block id is outside the pool (a bug of ours that must not become
-                somebody else's context).
+            RuntimeError: A block id is outside the pool, or the program makes fewer copies than the
+                step needs (bugs of ours that must not become somebody else's context).
         """
         self._turn = (self._turn + 1) % NUM_BUFFERS
         packed = self._buffers[self._turn][: packed_size(shape, self._max_blocks)]
@@ -156,6 +161,7 @@ class InputBatch:
         arrays.block_tables[:num_seqs] = self._tables[rows]
         arrays.block_tables[num_seqs:] = 0
 
+        self._fill_copies(arrays, scheduled.block_copies)
         self._fill_tokens(arrays, scheduled, rows, starts, counts, wants_prompt_logprobs)
         arrays.ban_tokens[:] = -1
         for i, seq in enumerate(scheduled.seqs):
@@ -164,6 +170,24 @@ class InputBatch:
                 arrays.ban_tokens[i, : len(bans)] = tokens
                 arrays.ban_if_last[i, : len(bans)] = if_last
         return packed
+
+    def _fill_copies(self, arrays: StepArrays, copies: list[tuple[int, int]]) -> None:
+        num_copies = len(copies)
+        arrays.copy_sources[num_copies:] = 0
+        arrays.copy_destinations[num_copies:] = 0
+        if not num_copies:
+            return
+        if num_copies > len(arrays.copy_sources):
+            raise RuntimeError(
+                f"the step's program makes {len(arrays.copy_sources)} block copies, got {copies}"
+            )
+        pairs = np.asarray(copies, np.int32)
+        if not 0 < pairs.min() <= pairs.max() < self._num_blocks:
+            raise RuntimeError(
+                f"a copy names a block outside [1, {self._num_blocks - 1}]: {copies}"
+            )
+        arrays.copy_sources[:num_copies] = pairs[:, 0]
+        arrays.copy_destinations[:num_copies] = pairs[:, 1]
 
     def _update_tables(self, updates: list[tuple[Sequence, int]]) -> None:
         for seq, first in updates:

@@ -23,7 +23,7 @@ from jpaged.engine_config import EngineConfig
 from jpaged.input_batch import NO_TOKEN, PENDING_TOKEN, InputBatch, packed_size, unpack
 from jpaged.models.attention import AttentionMetadata
 from jpaged.models.loader import LoadedModel
-from jpaged.pallas_kernels import KVCacheSpec
+from jpaged.pallas_kernels import KVCacheSpec, copy_blocks
 from jpaged.request import Sequence
 from jpaged.sampling_rows import RequestSampling
 from jpaged.scheduler_output import SchedulerOutput
@@ -186,6 +186,8 @@ class ModelRunner:
             state.last_tokens[arrays.rows[seq_of_token]],
             arrays.token_ids,
         )
+        if shape.num_copies:
+            pools = _copied(pools, arrays.copy_sources, arrays.copy_destinations)
         metadata = AttentionMetadata(
             slot_mapping=arrays.slot_mapping,
             block_tables=arrays.block_tables,
@@ -346,10 +348,9 @@ class ModelRunner:
 
     def dispatch(self, scheduled: SchedulerOutput) -> StepHandle:
         """Starts a step and returns at once."""
-        assert not scheduled.block_copies, "nothing forks yet, so nothing is copied"
         num_seqs = len(scheduled.seqs)
         decode_only = scheduled.num_decodes == num_seqs and not self._needs_prompt(scheduled)
-        plain = all(map(self._asks_nothing_else, scheduled.seqs))
+        plain = not scheduled.block_copies and all(map(self._asks_nothing_else, scheduled.seqs))
         program = self.plan.find(scheduled.num_batched_tokens, num_seqs, decode_only, plain)
         packed = self._batch.fill(
             scheduled, program.shape, self._bans_of, self._wants_prompt_logprobs
@@ -401,3 +402,13 @@ class ModelRunner:
         self._pools = ()
         self._params = None
         self._state = None
+
+
+def _copied(pools: tuple[jax.Array, ...], src: jax.Array, dst: jax.Array) -> tuple[jax.Array, ...]:
+    """The pools with the step's block copies made in every layer, if there are any."""
+    return lax.cond(
+        (dst != 0).any(),
+        lambda pools: tuple(copy_blocks(pool, src, dst) for pool in pools),
+        lambda pools: pools,
+        pools,
+    )

@@ -97,7 +97,7 @@ def test_unseeded_requests_repeat_with_the_engine_seed(tiny_options):
     assert draw(1) != draw(2)
 
 
-def test_parallel_samples_share_their_prompt(llm):
+def test_parallel_samples_differ_and_repeat(llm):
     params = SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=8, ignore_eos=True)
     (output,) = _run(llm, [PROMPTS[0]], params)
     assert [c.index for c in output.outputs] == [0, 1, 2]
@@ -295,6 +295,10 @@ def test_the_pool_is_updated_in_place(llm):
         assert pool_type in text, "the text names the pool as this test expects"
         copies = re.findall(rf"= {re.escape(pool_type)}[^ ]* copy\(.*", text)
         assert not copies, "nothing as large as a layer's pool is copied"
+        # Block copies are made under one condition for all layers, if the program has them at all.
+        conditions = re.findall(rf"= \((?:{re.escape(pool_type)}[^ ]*,? ?)+\) conditional\(", text)
+        assert len(conditions) == (0 if shape.plain else 1)
+        assert all(found.count(pool_type) == num_layers for found in conditions)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +330,9 @@ def test_bad_requests_are_refused_before_any_work(llm, prompt, params, message):
 def test_a_request_that_can_never_fit_is_refused_at_once(tiny_options):
     with LLM(**{**tiny_options, "max_model_len": 72, "num_blocks": 10}) as llm:
         params = SamplingParams(n=2, temperature=1.0, max_tokens=40)
-        with pytest.raises(ValueError, match="may need 18 blocks"):
+        with pytest.raises(
+            ValueError, match=r"may need 14 blocks \(2 sequences of up to 72 tokens that share 4\)"
+        ):
             llm.validate_request(PROMPTS[5], params)
 
 
