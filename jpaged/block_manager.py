@@ -99,6 +99,18 @@ class BlockManager:
         """Ids of cached blocks that a sequence without blocks can start from; takes nothing yet."""
         return self.prefix_cache.lookup(seq)
 
+    def get_shared_prefix(self, source: "Sequence", seq: "Sequence", num_blocks: int) -> list[int]:
+        """Ids of blocks that a sequence without blocks can start from; takes nothing yet.
+
+        The first `num_blocks` of a sibling that holds the same tokens there, and what is cached of
+        the sequence's own behind them. The sibling's blocks go before cached ones of equal content,
+        which may be others: a group is to hold its prompt once.
+        """
+        assert source.num_computed_tokens >= num_blocks * self.block_size, (
+            f"{source} has not computed {num_blocks} blocks"
+        )
+        return source.block_ids[:num_blocks] + self.prefix_cache.lookup(seq)[num_blocks:]
+
     def allocate_slots(
         self, seq: "Sequence", num_new_tokens: int, cached_block_ids: "ReadOnlyList[int]" = ()
     ) -> list[int] | None:
@@ -112,8 +124,8 @@ class BlockManager:
         Args:
             seq: the sequence, whose computed tokens stay as they are but for a cached prefix.
             num_new_tokens: tokens to be computed next, after a cached prefix.
-            cached_block_ids: what `get_cached_prefix` returned, for a sequence without blocks:
-                shared, and counted as computed from now on.
+            cached_block_ids: what `get_cached_prefix` or `get_shared_prefix` returned, for a
+                sequence without blocks: shared, and counted as computed from now on.
         """
         size, pool, block_ids = self.block_size, self.pool, seq.block_ids
         computed = seq.num_computed_tokens
@@ -166,8 +178,8 @@ class BlockManager:
 
         Each copies that last block on its next write, unless it is the only owner by then. The
         child's tokens are the caller's to set, equal to the parent's as far as those are computed.
-        The parent must not have tokens scheduled in the step being built: copies are made before
-        that step writes.
+        Copies are made before a step writes: if the parent has tokens scheduled in the step being
+        built, neither may be given slots before the next one.
         """
         assert not child.block_ids, f"a fork needs a child without blocks, got {child}"
         assert parent.block_ids, f"a fork needs a parent with blocks, got {parent}"

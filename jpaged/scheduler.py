@@ -9,6 +9,10 @@ so whoever is preempted for lack of blocks, always the last, has not been schedu
 step. A sequence that cannot get a block even so stalls for the step, and nothing is admitted. Hence
 every request ends: the first one can preempt all others, and `add_request` refuses what would not
 fit alone.
+
+The sequences of a request hold the full blocks of its prompt once. The first of them computes the
+prompt, the others fork from it in the step of its last chunk. After a preemption each computes its
+own output again, but starts from the prompt's blocks of whichever has them.
 """
 
 import bisect
@@ -34,6 +38,7 @@ class Scheduler:
         block_manager: gives the blocks; not to be shared with another scheduler.
         num_preemptions: sequences preempted so far.
         num_steps: steps scheduled so far, empty ones not counted.
+        num_prefill_tokens: tokens of prompts and of recomputed output scheduled so far.
     """
 
     def __init__(self, config: "SchedulerConfig", block_manager: "BlockManager") -> None:
@@ -41,6 +46,7 @@ class Scheduler:
         self.block_manager = block_manager
         self.num_preemptions = 0
         self.num_steps = 0
+        self.num_prefill_tokens = 0
         self._by_priority = config.policy == "priority"
         self._max_chunk = config.long_prefill_token_threshold or config.max_num_batched_tokens
         self._watermark = int(config.admission_watermark * block_manager.num_usable_blocks)
@@ -167,7 +173,8 @@ class Scheduler:
         for request in self._running:
             for seq in request.unfinished:
                 if seq.in_prefill:
-                    self._schedule_chunk(seq)
+                    if self._schedule_chunk(seq):
+                        break  # The others forked from it, and their tokens are not sampled yet.
                     continue
                 computed = seq.num_computed_tokens
                 if computed + 1 >= seq.max_length:
@@ -195,6 +202,7 @@ class Scheduler:
             num_running_seqs=self.num_running_seqs,
             num_steps=self.num_steps,
             num_preemptions=self.num_preemptions,
+            num_prefill_tokens=self.num_prefill_tokens,
             blocks=self.block_manager.stats(),
         )
 
@@ -225,6 +233,12 @@ class Scheduler:
                 assert seq.num_computed_tokens < seq.length, f"prefill is over: {seq}"
             else:
                 _check_equal("length", seq.length, "computed + 1", seq.num_computed_tokens + 1)
+        for request in running:
+            num_blocks = len(request.prompt_token_ids) // self.block_manager.block_size
+            longest = max((seq.block_ids[:num_blocks] for seq in request.unfinished), key=len)
+            for seq in request.unfinished:
+                mine = seq.block_ids[:num_blocks]
+                _check_equal(f"prompt's blocks of {seq}", mine, "siblings'", longest[: len(mine)])
         for seq in (seq for request in waiting for seq in request.unfinished):
             assert seq.status in (SequenceStatus.WAITING, SequenceStatus.PREEMPTED), (
                 f"waiting, but {seq}"
@@ -265,11 +279,13 @@ class Scheduler:
                 raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
             max_length = min(max_length, num_prompt_tokens + max_tokens)
         # The last token is never an input, so it needs no slot.
-        num_blocks = num_seqs * manager.num_blocks_for(max_length - 1)
+        num_shared = num_prompt_tokens // manager.block_size
+        num_blocks = num_seqs * (manager.num_blocks_for(max_length - 1) - num_shared) + num_shared
         if num_blocks > manager.num_usable_blocks:
+            shared = f" that share {num_shared}" if num_seqs > 1 else ""
             raise ValueError(
                 f"request may need {num_blocks} blocks ({num_seqs} sequences of up to {max_length} "
-                f"tokens), but the pool has {manager.num_usable_blocks} of "
+                f"tokens{shared}), but the pool has {manager.num_usable_blocks} of "
                 f"{manager.block_size} tokens; enlarge the pool or lower max_tokens, n or "
                 "max_model_len"
             )
@@ -301,7 +317,8 @@ class Scheduler:
             self._num_in_prefill += len(request.unfinished)
             step.admitted.extend(request.unfinished)
             for seq in request.unfinished:
-                self._schedule_chunk(seq, may_preempt=False)
+                if self._schedule_chunk(seq, may_preempt=False):
+                    break
 
     def _has_room(self, request: Request) -> bool:
         """Whether all known tokens of a waiting request fit beside what runs.
@@ -310,16 +327,14 @@ class Scheduler:
         preempted before its prompt is through, and its work lost.
         """
         manager, size = self.block_manager, self.block_manager.block_size
-        num_blocks = 0
+        num_shared = len(request.prompt_token_ids) // size
+        num_blocks = num_shared
         for seq in request.unfinished:
             if seq.num_pending:
                 return False  # It was preempted in flight; what it sampled then has not arrived.
-            num_blocks += -(-len(seq.token_ids) // size)
+            num_blocks += -(-len(seq.token_ids) // size) - num_shared
         if not self._num_running:
             return True
-        if len(request.unfinished) > 1 and manager.prefix_cache.enabled:
-            num_shared = (len(request.prompt_token_ids) - 1) // size
-            num_blocks -= (len(request.unfinished) - 1) * num_shared
         num_free = manager.num_free_blocks - self._watermark
         if num_blocks > num_free:
             blocks = manager.pool.blocks
@@ -327,44 +342,66 @@ class Scheduler:
             num_blocks -= sum(blocks[block_id].ref_count > 0 for block_id in cached)
         return num_blocks <= num_free
 
-    def _schedule_chunk(self, seq: Sequence, may_preempt: bool = True) -> None:
+    def _schedule_chunk(self, seq: Sequence, may_preempt: bool = True) -> bool:
+        """Schedules what fits of a sequence's prefill; whether its siblings forked from it."""
         step = self._step
         if step.chunk_budget <= 0:
-            return
-        cached: list[int] = []
+            return False
+        cached: list[int] | None = []
         start = seq.num_computed_tokens
         if not seq.block_ids:
-            if self._awaits_sibling(seq):
-                return
-            cached = self.block_manager.get_cached_prefix(seq)
+            cached = self._find_prefix(seq)
+            if cached is None:
+                return False
             start = len(cached) * self.block_manager.block_size
         num_known = len(seq.token_ids)
         num_tokens = min(num_known - start, step.chunk_budget, self._max_chunk)
         is_first = not seq.block_ids
         if not self._allocate(seq, num_tokens, cached, may_preempt):
-            return
+            return False
         if is_first and seq.num_preemptions == 0:
             seq.num_cached_tokens = start
             self.block_manager.prefix_cache.count(num_known, start)
         seq.num_computed_tokens = start + num_tokens
+        self.num_prefill_tokens += num_tokens
         is_last = start + num_tokens == num_known
         if is_last:
             seq.in_prefill = False
             seq.num_pending = 1
             self._num_in_prefill -= 1
         self.block_manager.register_full_blocks(seq)
-        step.add_chunk(seq, start, num_tokens, is_last)
+        forks: list[Sequence] = []
+        if is_last and num_known == seq.num_prompt_tokens:
+            forks = self._fork_siblings(seq)
+        step.add_chunk(seq, start, num_tokens, is_last, forks)
+        return bool(forks)
 
-    def _awaits_sibling(self, seq: Sequence) -> bool:
-        """Whether an earlier sequence of the group is about to cache their common prompt."""
-        if seq.seq_index == 0 or not self.block_manager.prefix_cache.enabled:
-            return False
-        for sibling in seq.request.unfinished:
-            if sibling is seq:
-                return False
-            if sibling.in_prefill:
-                return True
-        return False
+    def _find_prefix(self, seq: Sequence) -> list[int] | None:
+        """Blocks that a sequence without any starts from; None if it is to wait for a sibling."""
+        manager, siblings = self.block_manager, seq.request.unfinished
+        if len(siblings) == 1:
+            return manager.get_cached_prefix(seq)
+        is_first = seq is siblings[0]
+        if not is_first and len(seq.token_ids) == seq.num_prompt_tokens:
+            return None  # It forks.
+        num_blocks = min(seq.num_prompt_tokens, len(seq.token_ids) - 1) // manager.block_size
+        for sibling in siblings:
+            if sibling.num_computed_tokens >= num_blocks * manager.block_size:
+                return manager.get_shared_prefix(sibling, seq, num_blocks)
+        return manager.get_cached_prefix(seq) if is_first else None
+
+    def _fork_siblings(self, leader: Sequence) -> list[Sequence]:
+        """Forks the rest of the group from the sequence that has just computed their prompt."""
+        forks = [seq for seq in leader.request.unfinished if seq is not leader]
+        for seq in forks:
+            assert seq.in_prefill, f"{seq} is past the prompt that {leader} computes for it"
+            self.block_manager.fork(leader, seq)
+            seq.num_cached_tokens = leader.num_cached_tokens
+            seq.in_prefill = False
+            seq.num_pending = 1
+            self._step.table_updates.append((seq, 0))
+        self._num_in_prefill -= len(forks)
+        return forks
 
     def _allocate(
         self,

@@ -13,8 +13,10 @@ class SchedulerOutput:
     """One step. The first five lists are parallel, one entry a scheduled sequence.
 
     Sequences with one scheduled token come first (`num_decodes` of them: decodes, and chunks of a
-    single token), then those with more. Must be executed, in order: blocks it completes are already
-    registered in the prefix cache.
+    single token), then chunks of any size. Behind the last chunk of a prompt stand the sequences
+    that fork from it, with no scheduled token: their first token too is sampled from the chunk's
+    last hidden state. Must be executed, in order: blocks it completes are already registered in
+    the prefix cache.
 
     Attributes:
         seqs: what runs.
@@ -24,12 +26,12 @@ class SchedulerOutput:
             known token.
         uses_pending: whether the (single) input token is not known to the host yet: the device
             takes the token it sampled last in the sequence's row.
-        num_decodes: sequences of query length one, placed first.
+        num_decodes: sequences of query length one that stand first; each at its token's index.
         num_batched_tokens: all scheduled tokens.
         admitted: sequences that got a row in this step, resumed ones included.
         preempted: sequences that lost row and blocks in this step.
         block_copies: (source, destination) block ids to copy before anything is written; all reads
-            before all writes.
+            before all writes, and at most one for each scheduled sequence.
         table_updates: (sequence, first changed index): `seq.block_ids` is as in the sequence's last
             step before that index, and new from there on. Sequences not listed kept their tables.
     """
@@ -62,6 +64,8 @@ class SchedulerStats:
         num_running_seqs: sequences running.
         num_steps: steps scheduled so far, empty ones not counted.
         num_preemptions: sequences preempted so far.
+        num_prefill_tokens: tokens of prompts, and of output computed again after a preemption, that
+            were scheduled so far; what was found in the prefix cache is not among them.
         blocks: the block manager's counters.
     """
 
@@ -70,4 +74,5 @@ class SchedulerStats:
     num_running_seqs: int
     num_steps: int
     num_preemptions: int
+    num_prefill_tokens: int
     blocks: "BlockStats"

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from jpaged.scheduler_output import SchedulerOutput
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as ReadOnlyList
+
     from jpaged.request import Sequence
 
 
@@ -44,20 +46,37 @@ class StepBuilder:
         self.preempted: list[Sequence] = []
         self.table_updates: list[tuple[Sequence, int]] = []
 
-    def add_chunk(self, seq: "Sequence", start: int, num_tokens: int, samples: bool) -> None:
-        """Adds tokens of a prompt, or of known output that is computed again."""
+    def add_chunk(
+        self,
+        seq: "Sequence",
+        start: int,
+        num_tokens: int,
+        samples: bool,
+        forks: "ReadOnlyList[Sequence]" = (),
+    ) -> None:
+        """Adds tokens of a prompt, or of known output that is computed again.
+
+        Sequences that fork behind the last of them follow it with no tokens of their own: theirs
+        are sampled from the same hidden state. So even a single token then goes among the chunks,
+        since decodes stand at the index of their token.
+        """
         self.chunk_budget -= num_tokens
-        if num_tokens == 1:
+        if num_tokens == 1 and not forks:
             if not samples:
                 self.single_samples.append(len(self.seqs))
             self.seqs.append(seq)
             self.starts.append(start)
             self.uses_pending.append(False)
-        else:
-            self.chunk_seqs.append(seq)
-            self.chunk_starts.append(start)
-            self.chunk_sizes.append(num_tokens)
-            self.chunk_samples.append(samples)
+            return
+        self.chunk_seqs.append(seq)
+        self.chunk_starts.append(start)
+        self.chunk_sizes.append(num_tokens)
+        self.chunk_samples.append(samples)
+        if forks:
+            self.chunk_seqs.extend(forks)
+            self.chunk_starts.extend([start + num_tokens] * len(forks))
+            self.chunk_sizes.extend([0] * len(forks))
+            self.chunk_samples.extend([True] * len(forks))
 
     def finish(self, block_copies: list[tuple[int, int]]) -> SchedulerOutput:
         """What the scheduler hands to the runner."""

@@ -131,7 +131,8 @@ def paged_attention(
         pool: The layer's block pool, see `kv_cache_layout`.
         block_tables: Physical block ids in order; entries past a sequence's end may hold any valid
             block id (the null block by convention).
-        seq_lens: Context lengths in tokens, this step's tokens included; 0 for an empty row.
+        seq_lens: Context lengths in tokens, this step's tokens included; of no account in a row
+            without queries.
         query_start_loc: Prefix sum of the query lengths.
         scale: Factor of the logits; `head_dim ** -0.5` if None.
         sliding_window: A query sees this many tokens, itself included; all if None.

@@ -46,6 +46,7 @@ CASES = (
         max_blocks=40,
     ),
     Case(name="empty_rows", query_lens=(1, 0, 5, 0), seq_lens=(20, 0, 9, 0)),
+    Case(name="forked_rows", query_lens=(1, 20, 0, 0, 1, 0), seq_lens=(20, 33, 33, 33, 5, 5)),
     Case(name="mha", query_lens=(1, 9), seq_lens=(50, 60), num_heads=4, num_kv_heads=4),
     Case(name="mqa", query_lens=(1, 9), seq_lens=(50, 60), num_heads=5, num_kv_heads=1),
     Case(name="window", query_lens=(1, 40, 1), seq_lens=(300, 290, 10), sliding_window=21),

@@ -1,3 +1,4 @@
+import dataclasses
 import random
 
 import numpy as np
@@ -99,7 +100,8 @@ def _expect(bench, scheduled, shape, arrays, bans_of, wants):
         assert arrays.seq_lens[i] == start + count
         assert arrays.rows[i] == seq.row
         assert arrays.samples[i] == scheduled.samples[i]
-        assert (i < scheduled.num_decodes) == (count == 1)
+        assert count == 1 or i >= scheduled.num_decodes
+        assert count or scheduled.samples[i], "a row without tokens is there to sample"
         np.testing.assert_array_equal(arrays.sampling_rows[i], bench.rows[seq])
         np.testing.assert_array_equal(
             arrays.block_tables[i, : len(seq.block_ids)], np.asarray(seq.block_ids, np.int32)
@@ -121,7 +123,9 @@ def _expect(bench, scheduled, shape, arrays, bans_of, wants):
         tokens = arrays.ban_tokens[i].tolist()
         assert tokens == [token for token, _ in bans] + [-1] * (len(tokens) - len(bans))
         assert arrays.ban_if_last[i, : len(bans)].tolist() == [last for _, last in bans]
-    num_seqs = len(scheduled.seqs)
+    num_seqs, num_copies = len(scheduled.seqs), len(scheduled.block_copies)
+    pairs = zip(arrays.copy_sources.tolist(), arrays.copy_destinations.tolist(), strict=True)
+    assert list(pairs) == scheduled.block_copies + [(0, 0)] * (shape.num_seqs - num_copies)
     assert at == scheduled.num_batched_tokens
     assert (arrays.query_start_loc[num_seqs:] == at).all(), "padding rows have no tokens"
     assert (arrays.next_token_ids[at:] == NO_TOKEN).all()
@@ -146,7 +150,7 @@ def test_fields_mean_what_they_say_for_whatever_is_scheduled(seed, num_blocks):
     def bans_of(seq):
         return [(k, k - 1) for k in range((len(seq.token_ids) + seq.seq_index) % 4)]
 
-    num_steps = 0
+    num_steps = num_copies = 0
     while bench.num_requests < 25 or bench.scheduler.has_unfinished() or bench.in_flight:
         if bench.num_requests < 25 and choose.random() < 0.8:
             bench.add(choose.randrange(1, 19), choose.randrange(1, 8), choose.choice([1, 1, 1, 2]))
@@ -158,8 +162,10 @@ def test_fields_mean_what_they_say_for_whatever_is_scheduled(seed, num_blocks):
             arrays = bench.fill(scheduled, shape, bans_of, wants)
             _expect(bench, scheduled, shape, arrays, bans_of, wants)
             num_steps += 1
+            num_copies += len(scheduled.block_copies)
         bench.finish_step(scheduled)
     assert num_steps > 30
+    assert num_copies > 0
     assert (bench.scheduler.num_preemptions > 0) == (num_blocks == 14), "a small pool preempts"
 
 
@@ -206,6 +212,24 @@ def test_a_block_outside_the_pool_is_an_error(block_id):
         bench.fill(scheduled, _smallest(scheduled))
 
 
+@pytest.mark.parametrize("pair", [(60, 5), (5, 60), (-1, 5), (5, 0)])
+def test_a_copy_outside_the_pool_is_an_error(pair):
+    bench = Bench(num_blocks=60)
+    bench.add(9)
+    scheduled = dataclasses.replace(bench.schedule(), block_copies=[pair])
+    with pytest.raises(RuntimeError, match=r"a copy names a block outside \[1, 59\]"):
+        bench.fill(scheduled, _smallest(scheduled))
+
+
+def test_more_copies_than_the_program_makes_are_an_error():
+    bench = Bench()
+    bench.add(9)
+    scheduled = dataclasses.replace(bench.schedule(), block_copies=[(1, 2)])
+    plain = dataclasses.replace(_smallest(scheduled), plain=True)
+    with pytest.raises(RuntimeError, match=r"program makes 0 block copies, got \[\(1, 2\)\]"):
+        bench.fill(scheduled, plain)
+
+
 def test_a_row_is_taken_over_whole():
     bench = Bench()
     first = bench.add(30, max_tokens=1)
@@ -223,13 +247,20 @@ def test_a_row_is_taken_over_whole():
     assert arrays.slot_mapping[:2].tolist() == [block_id * SIZE, block_id * SIZE + 1]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+PLAIN = dataclasses.replace(SHAPES[0], plain=True)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, PLAIN], ids=lambda shape: shape.name)
 def test_fields_lie_aligned_and_without_overlap(shape):
     size = packed_size(shape, MAX_BLOCKS)
     arrays = unpack(np.arange(size), shape, MAX_BLOCKS)
     end = 0
     for name in arrays.__slots__:
         values = getattr(arrays, name).ravel()
+        if name.startswith("copy_"):
+            assert len(values) == (0 if shape.plain else shape.num_seqs)
+            if shape.plain:
+                continue
         assert end <= values[0] < end + ALIGNMENT
         assert values[0] % ALIGNMENT == 0
         np.testing.assert_array_equal(values, np.arange(values[0], values[0] + values.size))

@@ -1,5 +1,6 @@
 """The scheduler by example: order, budgets, admission, preemption, endings."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -46,8 +47,13 @@ def schedule(scheduler: Scheduler) -> SchedulerOutput:
     scheduler.check_invariants()
     assert output.num_batched_tokens <= scheduler.config.max_num_batched_tokens
     assert output.num_batched_tokens == sum(output.num_scheduled_tokens)
-    assert output.num_decodes == output.num_scheduled_tokens.count(1)
     assert all(n == 1 for n in output.num_scheduled_tokens[: output.num_decodes])
+    for before, after in itertools.pairwise(range(output.num_decodes, len(output.seqs))):
+        # Behind the decodes only a prompt that others fork from has a single token.
+        if output.num_scheduled_tokens[before] == 1:
+            assert output.num_scheduled_tokens[after] == 0
+    assert output.num_scheduled_tokens[-1:] != [1] or output.num_decodes == len(output.seqs)
+    assert len(output.block_copies) <= len(output.seqs)
     lengths = map(len, (output.seqs, output.starts, output.samples, output.uses_pending))
     assert set(lengths) == {len(output.num_scheduled_tokens)}
     return output
@@ -56,7 +62,7 @@ def schedule(scheduler: Scheduler) -> SchedulerOutput:
 def receive(scheduler: Scheduler, output: SchedulerOutput, token_id: int = 7) -> None:
     """Does what the engine does with the tokens of a step, for requests that only end by length."""
     for seq, samples in zip(output.seqs, output.samples, strict=True):
-        if samples and scheduler.append_token(seq, token_id):
+        if samples and scheduler.append_token(seq, token_id + seq.seq_index):
             if len(seq.token_ids) >= seq.max_length:
                 scheduler.finish_sequence(seq, "length")
             scheduler.check_invariants()
@@ -179,28 +185,166 @@ def test_group_is_admitted_whole_and_nobody_overtakes_it():
     assert [seq.seq_index for seq in b.unfinished] == [0, 1, 2]
 
 
-def test_siblings_hit_the_first_sequences_blocks_in_the_same_step():
-    scheduler = make_scheduler()
+@pytest.mark.parametrize("caching", [True, False])
+def test_siblings_fork_from_the_prompt_and_copy_its_last_block_on_their_first_write(caching):
+    scheduler = make_scheduler(caching=caching)
     request = add(scheduler, "a", 10, n=3)
     output = step(scheduler)
-    assert what(output) == [("a", 0, 10, True), ("a", 8, 2, True), ("a", 8, 2, True)]
-    tables = [seq.block_ids for seq in request.sequences]
-    assert tables[0][:2] == tables[1][:2] == tables[2][:2]
-    assert len({table[2] for table in tables}) == 3
-    assert [seq.num_cached_tokens for seq in request.sequences] == [0, 8, 8]
-    blocks = scheduler.stats().blocks
-    assert (blocks.prefix_queried_tokens, blocks.prefix_hit_tokens) == (30, 16)
+    assert what(output) == [("a", 0, 10, True), ("a", 10, 0, True), ("a", 10, 0, True)]
+    assert [seq.seq_index for seq in output.seqs] == [0, 1, 2]
+    assert (output.num_decodes, output.num_batched_tokens, output.block_copies) == (0, 10, [])
+    tables = [list(seq.block_ids) for seq in request.sequences]
+    assert tables[0] == tables[1] == tables[2]
+    assert [seq for seq, first in output.table_updates if first == 0] == request.sequences
+    assert [seq.num_cached_tokens for seq in request.sequences] == [0, 0, 0]
+    stats = scheduler.stats()
+    assert (stats.blocks.used, stats.blocks.shared, stats.blocks.saved) == (3, 3, 6)
+    assert (stats.num_prefill_tokens, stats.blocks.prefix_queried_tokens) == (10, 10)
+
+    output = step(scheduler)
+    assert what(output) == [("a", 10, 1, True)] * 3
+    old = tables[0][2]
+    new = [seq.block_ids[2] for seq in request.sequences]
+    # Whoever writes last is the only owner by then.
+    assert (new[2], output.block_copies) == (old, [(old, new[0]), (old, new[1])])
+    assert [seq.block_ids[:2] for seq in request.sequences] == [tables[0][:2]] * 3
+    assert (scheduler.stats().blocks.used, scheduler.stats().blocks.copies) == (5, 2)
+    assert step(scheduler).block_copies == []
+
+
+def test_siblings_of_a_prompt_that_ends_with_a_block_copy_nothing():
+    scheduler = make_scheduler()
+    request = add(scheduler, "a", 8, n=3)
+    step(scheduler)
+    output = step(scheduler)
+    assert output.block_copies == []
+    assert len({seq.block_ids[2] for seq in request.sequences}) == 3
+    assert scheduler.stats().blocks.used == 5
 
 
 def test_siblings_wait_for_a_prompt_in_several_chunks():
-    scheduler = make_scheduler(max_num_batched_tokens=32, long_prefill_token_threshold=8)
-    add(scheduler, "a", 18, n=2)
-    assert what(step(scheduler)) == [("a", 0, 8, False)]
-    assert what(step(scheduler)) == [("a", 8, 8, False)]
-    assert what(step(scheduler)) == [("a", 16, 2, True), ("a", 16, 2, True)]
-    scheduler = make_scheduler(caching=False, long_prefill_token_threshold=8)
-    add(scheduler, "a", 18, n=2)
-    assert what(step(scheduler)) == [("a", 0, 8, False), ("a", 0, 8, False)]
+    for caching in (True, False):
+        scheduler = make_scheduler(caching=caching, long_prefill_token_threshold=8)
+        add(scheduler, "a", 18, n=2)
+        assert what(step(scheduler)) == [("a", 0, 8, False)]
+        assert what(step(scheduler)) == [("a", 8, 8, False)]
+        assert what(step(scheduler)) == [("a", 16, 2, True), ("a", 18, 0, True)]
+        assert what(step(scheduler)) == [("a", 18, 1, True)] * 2
+
+
+def test_chunk_of_one_token_that_others_fork_from_is_no_decode():
+    scheduler = make_scheduler(max_num_batched_tokens=10)
+    add(scheduler, "b", 2)
+    step(scheduler)
+    add(scheduler, "a", 10, n=2)
+    assert what(step(scheduler)) == [("b", 2, 1, True), ("a", 0, 9, False)]
+    add(scheduler, "c", 1)
+    output = step(scheduler)
+    expected = [("b", 3, 1, True), ("c", 0, 1, True), ("a", 9, 1, True), ("a", 10, 0, True)]
+    assert (what(output), output.num_decodes) == (expected, 2)
+
+
+def test_tokens_of_siblings_are_taken_on_the_device_in_the_next_step():
+    scheduler = make_scheduler()
+    request = add(scheduler, "a", 10, n=2, max_tokens=3)
+    first, second = schedule(scheduler), schedule(scheduler)
+    assert (what(second), second.uses_pending) == ([("a", 10, 1, True)] * 2, [True, True])
+    receive(scheduler, first)
+    assert [seq.num_output_tokens for seq in request.sequences] == [1, 1]
+    third = schedule(scheduler)
+    for output in (second, third):
+        receive(scheduler, output)
+    assert [seq.num_output_tokens for seq in request.sequences] == [3, 3]
+    assert scheduler.stats().blocks.used == 0
+
+
+def test_siblings_of_one_token_never_write():
+    scheduler = make_scheduler()
+    request = add(scheduler, "a", 10, n=4, max_tokens=1)
+    assert len(step(scheduler).seqs) == 4
+    assert request.is_finished
+    assert (scheduler.stats().blocks.used, scheduler.stats().blocks.copies) == (0, 0)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_next_sibling_computes_the_prompt_when_the_first_ends_before_it_is_through(caching):
+    scheduler = make_scheduler(caching=caching, long_prefill_token_threshold=8)
+    request = add(scheduler, "a", 18, n=3)
+    step(scheduler)
+    assert scheduler.finish_sequence(request.sequences[0], "abort")
+    start = 8 if caching else 0
+    assert what(step(scheduler))[0] == ("a", start, 8, False)
+    outputs = [step(scheduler) for _ in range(2)]
+    forks = next(output for output in outputs if output.samples[:1] == [True])
+    assert [seq.seq_index for seq in forks.seqs] == [1, 2]
+
+
+def test_sibling_that_ends_before_the_fork_takes_no_part_in_it():
+    scheduler = make_scheduler(long_prefill_token_threshold=8)
+    request = add(scheduler, "a", 10, n=3)
+    step(scheduler)
+    scheduler.finish_sequence(request.sequences[1], "abort")
+    assert [seq.seq_index for seq in step(scheduler).seqs] == [0, 2]
+    scheduler.finish_sequence(request.sequences[2], "abort")
+    output = step(scheduler)
+    assert (what(output), output.block_copies) == ([("a", 10, 1, True)], [])
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("num_prompt_tokens", [2, 4, 10, 12])
+def test_preempted_group_computes_its_prompt_once_again(caching, num_prompt_tokens):
+    scheduler = make_scheduler(caching=caching)
+    request = add(scheduler, "a", num_prompt_tokens, n=3, max_tokens=20)
+    for _ in range(6):
+        step(scheduler)
+    scheduler.block_manager.pool.clear_cache()
+    scheduler._preempt_last()
+    scheduler.check_invariants()
+    num_computed = scheduler.num_prefill_tokens
+    output = step(scheduler)
+    num_shared = num_prompt_tokens // BLOCK_SIZE * BLOCK_SIZE
+    num_known = num_prompt_tokens + 6
+    expected = [("a", start, num_known - start, True) for start in (0, num_shared, num_shared)]
+    assert what(output) == expected
+    assert scheduler.num_prefill_tokens - num_computed == 3 * num_known - 2 * num_shared
+    tables = [seq.block_ids[: num_shared // BLOCK_SIZE] for seq in request.sequences]
+    assert tables[0] == tables[1] == tables[2]
+    while scheduler.has_unfinished():
+        step(scheduler)
+    assert scheduler.stats().blocks.used == 0
+
+
+def test_sibling_starts_from_whoever_has_the_prompt():
+    scheduler = make_scheduler(caching=False, max_num_batched_tokens=20)
+    request = add(scheduler, "a", 10, n=3, max_tokens=30)
+    for _ in range(3):
+        step(scheduler)
+    scheduler._preempt_last()
+    # The second waits for the budget; the first has ended when it gets some.
+    assert what(step(scheduler)) == [("a", 0, 13, True), ("a", 8, 5, True), ("a", 8, 2, False)]
+    scheduler.finish_sequence(request.sequences[0], "stop")
+    assert what(step(scheduler)) == [("a", 13, 1, True), ("a", 10, 3, True)]
+    assert request.sequences[1].block_ids[:2] == request.sequences[2].block_ids[:2]
+
+
+def test_group_prefers_its_own_blocks_to_cached_ones_of_equal_content():
+    """Else it would hold its prompt twice, which admission does not reckon with."""
+    scheduler = make_scheduler(num_blocks=9)
+    prompt = list(range(12))
+    scheduler.add_request(Request("b", prompt, SamplingParams(max_tokens=1)))
+    step(scheduler)
+    params = SamplingParams(n=2, max_tokens=9)
+    request = Request("a", prompt, params, skip_prefix_cache=True)
+    scheduler.add_request(request)
+    for _ in range(3):
+        step(scheduler)
+    scheduler._preempt_last()
+    output = step(scheduler)
+    assert what(output) == [("a", 0, 15, True), ("a", 12, 3, True)]
+    assert request.sequences[0].block_ids[:3] == request.sequences[1].block_ids[:3]
+    while scheduler.has_unfinished():
+        step(scheduler)
+    assert [seq.num_output_tokens for seq in request.sequences] == [9, 9]
 
 
 def test_prompt_seen_before_is_computed_from_its_last_block_on():
@@ -224,7 +368,7 @@ def test_tables_are_reported_from_the_first_new_block():
 
 
 def test_newest_group_is_preempted_whole_and_comes_back_first():
-    scheduler = make_scheduler(num_blocks=9, caching=False, max_num_seqs=4, admission_watermark=0.0)
+    scheduler = make_scheduler(num_blocks=8, caching=False, max_num_seqs=4, admission_watermark=0.0)
     a = add(scheduler, "a", 7, max_tokens=16).sequences[0]
     b = add(scheduler, "b", 7, max_tokens=9, n=2)
     add(scheduler, "c", 2)
@@ -246,8 +390,8 @@ def test_newest_group_is_preempted_whole_and_comes_back_first():
         admitted += names(output.admitted)
         if "b" in names(output.admitted):
             assert a.is_finished
-            # Known output is computed again together with the prompt.
-            assert what(output)[:2] == [("b", 0, 13, True), ("b", 0, 9, True)]
+            # Known output is computed again, and the prompt once: its full block is shared.
+            assert what(output)[:2] == [("b", 0, 13, True), ("b", 4, 5, True)]
     assert admitted == ["b", "b", "c", "d"]
     assert [seq.num_output_tokens for seq in b.sequences] == [9, 9]
     assert scheduler.stats().blocks.used == 0
@@ -356,7 +500,11 @@ def test_late_arrival_of_high_priority_runs_in_its_place():
             "may need 11 blocks .1 sequences of up to 42 tokens.*pool has 10 of 4 tokens; enlarge",
         ),
         (30, {"max_tokens": None}, "may need 16 blocks .*lower max_tokens, n or max_model_len"),
-        (5, {"max_tokens": 8, "n": 4}, "may need 12 blocks .4 sequences of up to 13 tokens"),
+        (
+            5,
+            {"max_tokens": 8, "n": 5},
+            "may need 11 blocks .5 sequences of up to 13 tokens that share 1.*pool has 10 of 4",
+        ),
     ],
 )
 def test_request_that_can_never_run_is_refused_at_once(num_prompt_tokens, params, message):
@@ -490,7 +638,7 @@ def test_stats_see_running_waiting_and_waste():
     stats = scheduler.stats()
     assert (stats.num_running, stats.num_running_seqs, stats.num_waiting) == (1, 2, 1)
     assert (stats.num_steps, stats.num_preemptions) == (1, 0)
-    assert (stats.blocks.used, stats.blocks.shared, stats.blocks.wasted_slots) == (3, 1, 6)
+    assert (stats.blocks.used, stats.blocks.shared, stats.blocks.wasted_slots) == (2, 2, 3)
     make_scheduler().schedule()
 
 

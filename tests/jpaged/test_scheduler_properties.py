@@ -41,7 +41,8 @@ class SimulatedDevice:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
-        self.memory: dict[int, int] = {}
+        self.memory: dict[int, int | None] = {}
+        self.num_copies = 0
         self.tables: dict[int, list[int]] = {}
         self.last_tokens: dict[int, int] = {}
         self.owners: dict[int, Sequence] = {}
@@ -64,13 +65,26 @@ class SimulatedDevice:
             table = self.tables[seq.row]
             assert len(table) >= first
             table[first:] = seq.block_ids[first:]
-        assert output.block_copies == []
+        self.copy(output)
         return self.step(output)
+
+    def copy(self, output: SchedulerOutput) -> None:
+        """Runs the step's block copies: all are read before any is written."""
+        copies = output.block_copies
+        assert len(copies) <= len(output.seqs)
+        assert len({dst for _, dst in copies}) == len(copies)
+        assert all(src > 0 and dst > 0 for src, dst in copies), "the null block is copied"
+        blocks = {dst: [self.memory.get(slot) for slot in self.slots(src)] for src, dst in copies}
+        for dst, held in blocks.items():
+            for slot, content in zip(self.slots(dst), held, strict=True):
+                self.memory[slot] = content
+        self.num_copies += len(copies)
 
     def step(self, output: SchedulerOutput) -> Sampled:
         sampled: Sampled = []
         reads: list[tuple[Sequence, list[int], int]] = []
         written: set[int] = set()
+        forked_from: tuple[Request, int] | None = None
         for seq, start, num_tokens, samples, uses_pending in zip(
             output.seqs,
             output.starts,
@@ -81,8 +95,13 @@ class SimulatedDevice:
         ):
             row = seq.row
             assert row is not None
-            assert num_tokens > 0
             assert self.owners[row] is seq
+            if num_tokens == 0:
+                # It forks: the sequences before it, up to one of tokens, computed what it has.
+                assert (samples, uses_pending) == (True, False)
+                assert forked_from == (seq.request, start)
+            else:
+                forked_from = (seq.request, start + num_tokens)
             table, end = self.tables[row], start + num_tokens
             assert table == seq.block_ids
             if uses_pending:
@@ -120,6 +139,10 @@ class SimulatedDevice:
         return EOS if mix % 17 == 16 else mix % 2
 
     @staticmethod
+    def slots(block_id: int) -> range:
+        return range(block_id * BLOCK_SIZE, (block_id + 1) * BLOCK_SIZE)
+
+    @staticmethod
     def slot(table: list[int], position: int) -> int:
         return table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
 
@@ -152,8 +175,9 @@ class Run:
         except ValueError:
             manager = self.scheduler.block_manager
             length = min(num_prompt_tokens + max_tokens, MAX_MODEL_LEN) - 1
-            fits = n * manager.num_blocks_for(length) <= manager.num_usable_blocks
-            assert not fits or n > self.scheduler.config.max_num_seqs
+            shared = num_prompt_tokens // BLOCK_SIZE
+            num_blocks = shared + n * (manager.num_blocks_for(length) - shared)
+            assert num_blocks > manager.num_usable_blocks or n > self.scheduler.config.max_num_seqs
             return
         self.requests.append(request)
 
