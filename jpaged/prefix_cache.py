@@ -79,7 +79,8 @@ class PrefixCache:
         full = min(len(seq.token_ids), seq.num_computed_tokens) // self._block_size
         hashes = seq.block_hashes
         for index in range(seq.num_registered_blocks, full):
-            if index == len(hashes):
+            # Of blocks taken over from a sibling some may not have been looked up.
+            while index >= len(hashes):
                 self._extend_hashes(seq)
             self._pool.register(seq.block_ids[index], hashes[index])
         seq.num_registered_blocks = max(full, seq.num_registered_blocks)

@@ -113,6 +113,27 @@ def test_parent_copies_when_it_writes_first():
     assert child.block_ids[1] == last
 
 
+@pytest.mark.parametrize("caching", [True, False])
+def test_shared_prefix_is_the_siblings_own_and_what_is_cached_behind(caching):
+    manager = BlockManager(20, BLOCK_SIZE, caching)
+    older, source = make_sequence(list(range(14))), make_sequence(list(range(14)))
+    compute(manager, older, 14)
+    compute(manager, source, 14)
+    assert set(source.block_ids).isdisjoint(older.block_ids)
+    seq = make_sequence(list(range(13)))
+    before = manager.stats()
+    shared = manager.get_shared_prefix(source, seq, 2)
+    assert manager.stats() == before, "nothing is taken yet"
+    # The third block is known by its content, if at all, and then it is that of the older one.
+    assert shared == source.block_ids[:2] + (older.block_ids[2:3] if caching else [])
+    assert manager.allocate_slots(seq, 13 - len(shared) * BLOCK_SIZE, shared) is not None
+    manager.check_invariants()
+    assert seq.num_computed_tokens == len(shared) * BLOCK_SIZE
+    assert seq.block_ids[: len(shared)] == shared
+    with pytest.raises(AssertionError, match="has not computed 4 blocks"):
+        manager.get_shared_prefix(source, make_sequence(list(range(20))), 4)
+
+
 def test_fork_on_a_block_boundary_copies_nothing():
     manager = BlockManager(10, BLOCK_SIZE)
     parent = make_sequence(list(range(8)))
@@ -370,15 +391,33 @@ class BlockManagerMachine(RuleBasedStateMachine):
         else:
             del seq.token_ids[-len(token_ids) :]
 
-    @precondition(has_idle)
+    @precondition(lambda self: self.model)
     @rule(number=st.integers(0, 99))
     def fork(self, number: int) -> None:
-        parent = self.pick(number, idle=True)
-        child = Request(
-            "child", list(parent.token_ids), SamplingParams(), cache_salt=parent.request.cache_salt
-        ).sequences[0]
+        parent = self.pick(number, idle=False)
+        child = make_sequence(list(parent.token_ids), parent.request.cache_salt)
         self.manager.fork(parent, child)
         self.model[child] = list(self.model[parent])
+        if parent in self.scheduled:
+            # Copies are made before what the parent writes in this step: both wait for the next.
+            self.scheduled[child] = child.num_computed_tokens
+
+    @precondition(lambda self: self.model)
+    @rule(
+        number=st.integers(0, 99),
+        num_blocks=st.integers(1, 4),
+        token_ids=st.lists(st.integers(0, 2), min_size=1, max_size=6),
+    )
+    def share_prefix(self, number: int, num_blocks: int, token_ids: list[int]) -> None:
+        """Starts a sequence from full blocks of another, whether they are cached or not."""
+        source = self.pick(number, idle=False)
+        num_blocks = min(num_blocks, source.num_computed_tokens // BLOCK_SIZE)
+        all_ids = self.model[source][: num_blocks * BLOCK_SIZE] + token_ids
+        seq = make_sequence(list(all_ids), source.request.cache_salt)
+        shared = self.manager.get_shared_prefix(source, seq, num_blocks)
+        assert shared[:num_blocks] == source.block_ids[:num_blocks]
+        if self.schedule(seq, len(all_ids) - len(shared) * BLOCK_SIZE, shared):
+            self.model[seq] = all_ids
 
     @precondition(has_idle)
     @rule(number=st.integers(0, 99))
@@ -445,12 +484,12 @@ def test_long_random_run_equals_the_model(seed):
     rng = random.Random(seed)
     machine = BlockManagerMachine()
     for _ in range(1500):
-        match rng.choices(range(6), (4, 8, 3, 4, 6, 0.1))[0]:
+        match rng.choices(range(7), (4, 8, 3, 5, 6, 0.1, 2))[0]:
             case 0:
                 machine.start(rng.randint(0, 1), rng.randint(1, 18), rng.randint(0, 30), None)
             case 1 if machine.has_idle():
                 machine.append(rng.randrange(99), rng.choices(range(3), k=rng.randint(1, 6)))
-            case 2 if machine.has_idle():
+            case 2 if machine.model:
                 machine.fork(rng.randrange(99))
             case 3 if machine.has_idle():
                 machine.free(rng.randrange(99))
@@ -458,6 +497,9 @@ def test_long_random_run_equals_the_model(seed):
                 machine.run_step()
             case 5:
                 machine.clear_cache()
+            case 6 if machine.model:
+                token_ids = rng.choices(range(3), k=rng.randint(1, 6))
+                machine.share_prefix(rng.randrange(99), rng.randint(1, 4), token_ids)
         machine.nothing_is_broken()
     stats = machine.manager.stats()
     assert min(stats.copies, stats.evictions) > 10, "the run did not exercise what it should"
