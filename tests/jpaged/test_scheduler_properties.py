@@ -3,7 +3,8 @@
 The device keeps in each slot what K and V depend on, all tokens so far (as a hash), block tables a
 row as a runner does (updated only from `table_updates`), and the last sampled token of each row. It
 runs a step when it is scheduled; the host learns the tokens later. So everything that asynchronous
-stepping, sharing or reuse may get wrong shows as a slot that holds what it should not.
+stepping, sharing or reuse may get wrong shows as a slot that holds what it should not: in what a
+step reads, and after each step in what the tables of all running sequences lead to.
 """
 
 import random
@@ -43,6 +44,7 @@ class SimulatedDevice:
         self.scheduler = scheduler
         self.memory: dict[int, int | None] = {}
         self.num_copies = 0
+        self.num_forks = 0
         self.tables: dict[int, list[int]] = {}
         self.last_tokens: dict[int, int] = {}
         self.owners: dict[int, Sequence] = {}
@@ -100,6 +102,7 @@ class SimulatedDevice:
                 # It forks: the sequences before it, up to one of tokens, computed what it has.
                 assert (samples, uses_pending) == (True, False)
                 assert forked_from == (seq.request, start)
+                self.num_forks += 1
             else:
                 forked_from = (seq.request, start + num_tokens)
             table, end = self.tables[row], start + num_tokens
@@ -128,9 +131,19 @@ class SimulatedDevice:
                 sampled.append((seq, token))
         # All writes of a layer come before its attention.
         for seq, table, end in reads:
-            context = [self.memory.get(self.slot(table, i)) for i in range(end)]
-            assert context == contents(self.tokens[seq][:end])
+            self.check_contents(seq, table, end)
         return sampled
+
+    def check_contents(self, seq: Sequence, table: list[int], num_tokens: int) -> None:
+        context = [self.memory.get(self.slot(table, i)) for i in range(num_tokens)]
+        assert context == contents(self.tokens[seq][:num_tokens])
+
+    def check(self) -> None:
+        """All that is computed of the running sequences is where their tables say."""
+        for row, seq in self.owners.items():
+            if seq.row == row:
+                assert self.tables[row] == seq.block_ids
+                self.check_contents(seq, seq.block_ids, seq.num_computed_tokens)
 
     def sample(self, seq: Sequence) -> int:
         """A function of the tokens so far, of few values, so that blocks often repeat."""
@@ -160,7 +173,15 @@ class Run:
         self.requests: list[Request] = []
         self.num_added = 0
 
-    def add(self, num_prompt_tokens: int, max_tokens: int, n: int, priority: int, salt: str | None):
+    def add(
+        self,
+        num_prompt_tokens: int,
+        max_tokens: int,
+        n: int,
+        priority: int,
+        salt: str | None,
+        skip_cache: bool = False,
+    ) -> None:
         prompt = [i % 2 for i in range(num_prompt_tokens)]
         request = Request(
             f"r{self.num_added}",
@@ -168,6 +189,7 @@ class Run:
             SamplingParams(n=n, max_tokens=max_tokens),
             priority=priority,
             cache_salt=salt,
+            skip_prefix_cache=skip_cache,
         )
         self.num_added += 1
         try:
@@ -212,6 +234,7 @@ class Run:
 
     def check(self) -> None:
         self.scheduler.check_invariants()
+        self.device.check()
         for request in self.requests:
             for seq in request.sequences:
                 known = self.device.tokens.get(seq, seq.token_ids)[: len(seq.token_ids)]
@@ -268,12 +291,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         num_prompt_tokens=st.integers(1, 20),
         max_tokens=st.integers(1, 14),
-        n=st.sampled_from([1, 1, 2, 3]),
+        n=st.sampled_from([1, 1, 2, 3, 5]),
         priority=st.integers(0, 2),
         salt=st.sampled_from([None, None, None, "a"]),
+        skip_cache=st.sampled_from([False, False, True]),
     )
-    def add(self, num_prompt_tokens, max_tokens, n, priority, salt) -> None:
-        self.run.add(num_prompt_tokens, max_tokens, n, priority, salt)
+    def add(self, num_prompt_tokens, max_tokens, n, priority, salt, skip_cache) -> None:
+        self.run.add(num_prompt_tokens, max_tokens, n, priority, salt, skip_cache)
 
     @precondition(lambda self: len(self.run.unread) < 3)
     @rule()
@@ -337,9 +361,10 @@ def test_long_random_run_reads_only_its_own_tokens(policy, caching):
             run.add(
                 rng.randint(1, 24),
                 rng.randint(1, 16),
-                rng.choice([1, 1, 2]),
+                rng.choice([1, 1, 2, 3]),
                 rng.randint(0, 1),
                 None,
+                rng.random() < 0.2,
             )
         if rng.random() < 0.05:
             run.scheduler.abort_request(rng.choice(run.requests).request_id)
@@ -353,6 +378,7 @@ def test_long_random_run_reads_only_its_own_tokens(policy, caching):
     assert stats.num_preemptions > 20, "the run did not exercise what it should"
     assert (stats.blocks.prefix_hit_tokens > 100) is caching
     assert (stats.blocks.evictions > 100) is caching
+    assert min(run.device.num_forks, run.device.num_copies) > 100
     run.finish()
 
 
