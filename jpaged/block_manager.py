@@ -17,6 +17,7 @@ from jpaged.block_pool import BlockPool
 from jpaged.prefix_cache import PrefixCache, hash_block, root_hash
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from collections.abc import Sequence as ReadOnlyList
 
     from jpaged.request import Sequence
@@ -90,6 +91,11 @@ class BlockManager:
     def num_usable_blocks(self) -> int:
         """Blocks of the pool that can hold tokens."""
         return self.pool.num_usable_blocks
+
+    @property
+    def live_sequences(self) -> "Iterable[Sequence]":
+        """Sequences that own blocks, those that got their first ones earliest first."""
+        return self._live
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens of one sequence need."""

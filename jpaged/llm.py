@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import itertools
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from jpaged.compile_plan import CompilePlan
@@ -35,6 +35,8 @@ class LLM:
         self._request_ids = itertools.count()
         # Outputs of open streams that another call's step has brought.
         self._inboxes: dict[str, collections.deque[RequestOutput]] = {}
+        # Called after every step, by whoever wants to watch.
+        self.on_step: Callable[[], None] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -182,6 +184,8 @@ class LLM:
             finally:
                 self.engine.reset()
             raise
+        if self.on_step is not None:
+            self.on_step()
         for output in outputs:
             inbox = self._inboxes.get(output.request_id)
             if inbox is not None:

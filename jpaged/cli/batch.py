@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jpaged.cli import engine, prompts
-from jpaged.cli.streaming import write_text
+from jpaged.cli.streaming import watching, write_text
 from jpaged.sampling_params import SamplingParams
 
 _OWN_FIELDS = (*prompts.PROMPT_FIELDS, "id", "priority", "cache_salt")
@@ -83,12 +83,13 @@ def _generate(args, llm, rows, options, results) -> tuple[list[Any], float]:
     if not jobs:
         return [], 0.0
     start = time.perf_counter()
-    outputs = llm.generate(
-        [job.prompt for job in jobs],
-        [job.params for job in jobs],
-        use_tqdm=not args.quiet and sys.stderr.isatty(),
-        priority=[job.priority for job in jobs] if _by_priority(args) else None,
-    )
+    with watching(args, llm):
+        outputs = llm.generate(
+            [job.prompt for job in jobs],
+            [job.params for job in jobs],
+            use_tqdm=not (args.quiet or args.watch) and sys.stderr.isatty(),
+            priority=[job.priority for job in jobs] if _by_priority(args) else None,
+        )
     elapsed_s = time.perf_counter() - start
     for job, output in zip(jobs, outputs, strict=True):
         job.result.update(_result(job, output))

@@ -6,7 +6,13 @@ import time
 
 from jpaged.cli import batch, engine, prompts
 from jpaged.cli.parser import GENERATE_MAX_TOKENS
-from jpaged.cli.streaming import ctrl_c_interrupts, stream, write_text
+from jpaged.cli.streaming import (
+    check_watch,
+    ctrl_c_interrupts,
+    stream,
+    watching,
+    write_text,
+)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -14,6 +20,7 @@ def run(args: argparse.Namespace) -> int:
     options = engine.sampling_options(args, max_tokens=GENERATE_MAX_TOKENS)
     # What is wrong with the options shows before a model is loaded.
     params = engine.sampling_params(options, delta=True)
+    check_watch(args)
     if args.prompts_file is not None:
         if args.prompt is not None:
             raise ValueError("give either PROMPT or --prompts-file, got both")
@@ -33,9 +40,12 @@ def _run_single(args: argparse.Namespace, text: str, params) -> int:
         prompt = prompts.from_text(llm, text, raw=args.raw, system=args.system)
         llm.validate_request(prompt, params)
         ready_s = time.perf_counter() - start
-        with ctrl_c_interrupts() as interrupted:
-            streamed = stream(llm, prompt, params, on_text=write_text, interrupted=interrupted)
+        on_text = (lambda text: None) if args.watch else write_text
+        with ctrl_c_interrupts() as interrupted, watching(args, llm):
+            streamed = stream(llm, prompt, params, on_text=on_text, interrupted=interrupted)
             was_interrupted = interrupted()
+        if args.watch and params.n == 1:
+            write_text(streamed.texts[0])
         if params.n > 1:
             for i, answer in enumerate(streamed.texts, 1):
                 write_text(f"--- {i} of {params.n}\n{answer}\n")

@@ -114,6 +114,11 @@ def _add_generate(commands) -> None:
     command.add_argument(
         "-q", "--quiet", action="store_true", help="no statistics and no progress bar"
     )
+    command.add_argument(
+        "--watch",
+        action="store_true",
+        help="show on standard error how blocks fill, are shared and copied; text comes at the end",
+    )
     _add_sampling(command, max_tokens=GENERATE_MAX_TOKENS, temperature=1.0, with_n=True)
     _add_engine(command)
 

@@ -1,5 +1,6 @@
 """Running one request to its end in the terminal: text as it comes, Ctrl-C, statistics."""
 
+import argparse
 import contextlib
 import signal
 import sys
@@ -100,6 +101,26 @@ def write_text(text: str) -> None:
         encoding = sys.stdout.encoding or "ascii"
         sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
     sys.stdout.flush()
+
+
+def check_watch(args: argparse.Namespace) -> None:
+    """Refuses `--watch` where nobody could see it.
+
+    Raises:
+        ValueError: Standard error is no terminal.
+    """
+    if args.watch and not sys.stderr.isatty():
+        raise ValueError("--watch draws on standard error, which must be a terminal")
+
+
+def watching(args: argparse.Namespace, llm: Any) -> contextlib.AbstractContextManager[None]:
+    """Draws the engine's block pool while the context lasts, if `--watch` asks for it."""
+    if not args.watch:
+        return contextlib.nullcontext()
+    # What draws takes 0.1 s to import.
+    from jpaged.cli import watch
+
+    return watch.watching(llm)
 
 
 @contextlib.contextmanager

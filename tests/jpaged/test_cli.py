@@ -18,7 +18,7 @@ from tiny_models import CASES
 
 import jpaged
 from jpaged import cli, doctor
-from jpaged.cli import engine, streaming
+from jpaged.cli import engine, streaming, watch
 from jpaged.cli.parser import build_parser
 from jpaged.compile_plan import ProgramState, StepProgram, StepShape
 from jpaged.engine_config import EngineConfig
@@ -196,6 +196,7 @@ def test_options_are_fields_and_help_names_their_defaults(command, kind):
         (["generate", "hi", "--n", "0"], "n must be at least 1, got 0"),
         (["generate", "hi", "--max-tokens", "-3"], "max_tokens must be at least 1"),
         (["generate", "hi", "--logprobs", "2"], "--logprobs needs -o FILE"),
+        (["generate", "hi", "--watch"], "--watch draws on standard error, which must be a"),
         (["generate", "hi", "--raw", "--system", "s"], "--system needs a chat template, and --raw"),
         (["generate", "hi", "--prompts-file", "x"], "give either PROMPT or --prompts-file"),
         (["generate", "--prompts-file", "/missing"], "No such file or directory: '/missing'"),
@@ -283,6 +284,33 @@ def test_each_piece_is_flushed(llms, monkeypatch):
 def test_quiet_prints_no_statistics(llms, capsys):
     cli.main(["generate", "Who?", "--quiet"])
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_watching_shows_the_text_at_the_end(n, llms, monkeypatch, capsys):
+    watched = []
+
+    @contextlib.contextmanager
+    def watching(llm):
+        watched.append(llm)
+        yield
+        assert capsys.readouterr().out == ""
+
+    monkeypatch.setattr(watch, "watching", watching)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert cli.main(["generate", "hi", "--watch", "--n", str(n)]) == 0
+    assert watched == llms
+    out = capsys.readouterr().out
+    assert out.count("Hello wörld!") == n
+
+
+def test_watching_a_file_of_prompts(llms, tmp_path, monkeypatch):
+    watched = []
+    monkeypatch.setattr(watch, "watching", lambda llm: contextlib.nullcontext(watched.append(llm)))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    code, rows = run_file(tmp_path, "in.txt", "a\nb\n", "--watch")
+    assert (code, len(rows)) == (0, 2)
+    assert watched == llms
 
 
 def test_raw_prompt_goes_without_template(llms):
