@@ -10,13 +10,25 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
-from typing import TypeGuard
+from typing import Literal, TypeGuard
 
 GREEDY_EPSILON = 1e-5
 """A temperature below this means greedy sampling."""
 
 MAX_LOGIT_BIAS = 100.0
 """The largest absolute value of a logit bias (OpenAI's range)."""
+
+
+EarlyStopping = bool | Literal["never"]
+"""When a beam search ends; see `SamplingParams.early_stopping`."""
+
+
+def num_candidates(beam_width: int, num_end_tokens: int) -> int:
+    """How many most likely tokens of each beam suffice for a choice among all its tokens.
+
+    At worst all beams that go on come from one, where all end tokens may be likelier.
+    """
+    return beam_width + num_end_tokens
 
 
 class RequestOutputKind(StrEnum):
@@ -37,7 +49,7 @@ class SamplingParams:
     Sequence fields may be given as any iterable or None and are kept as tuples.
 
     Attributes:
-        n: number of independent continuations.
+        n: number of independent continuations; of beam search, how many of the best to return.
         presence_penalty: in [-2, 2]; subtracted from the logit of every token in the output.
         frequency_penalty: in [-2, 2]; idem, times the number of occurrences in the output.
         repetition_penalty: > 0; logits of tokens in prompt or output are divided (if positive)
@@ -66,6 +78,14 @@ class SamplingParams:
             refused; to ban or force tokens use `bad_words` or `allowed_token_ids`.
         allowed_token_ids: if given, no other token is generated.
         bad_words: words that are never completed, at the start of a word or within one.
+        use_beam_search: look for the most likely continuations with `transformers`' beam search
+            instead of sampling. Needs temperature 0; there is one output, at the end.
+        best_of: the beam width, at least `n` (its default); only of beam search.
+        length_penalty: in [-5, 5]; beam search orders continuations by their log-probability over
+            their length to this power, so that above 0 it favours long ones.
+        early_stopping: of beam search, once `best_of` continuations are complete: True ends it;
+            False goes on while the best beam, scored at its present length, beats the worst of
+            them; "never" the same, but scored at the greatest length where length is favoured.
     """
 
     n: int = 1
@@ -92,6 +112,10 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = dataclasses.field(default=None, hash=False)
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] = ()
+    use_beam_search: bool = False
+    best_of: int | None = None
+    length_penalty: float = 1.0
+    early_stopping: EarlyStopping = False
 
     def __post_init__(self) -> None:
         """Normalises every field and refuses what no model could do.
@@ -111,7 +135,8 @@ class SamplingParams:
             raise ValueError(
                 f"output_kind must be one of {kinds}, got {self.output_kind!r}"
             ) from None
-        if self.is_greedy and self.n > 1:
+        self._check_beam_search()
+        if self.is_greedy and self.n > 1 and not self.use_beam_search:
             raise ValueError(
                 f"n must be 1 with greedy sampling (temperature {self.temperature}), got {self.n}"
             )
@@ -123,8 +148,23 @@ class SamplingParams:
         """Whether the most likely token is taken each time."""
         return self.temperature < GREEDY_EPSILON
 
+    @property
+    def num_seqs(self) -> int:
+        """Sequences that run for one prompt: beams, or continuations."""
+        return self.n if self.best_of is None else self.best_of
+
+    def end_token_ids(self, eos_token_ids: Iterable[int]) -> tuple[int, ...]:
+        """The tokens that end a continuation, given the model's end-of-sequence tokens."""
+        ends = () if self.ignore_eos else eos_token_ids
+        return tuple(dict.fromkeys((*ends, *self.stop_token_ids)))
+
     def validate(
-        self, *, vocab_size: int, max_logprobs: int, max_num_seqs: int | None = None
+        self,
+        *,
+        vocab_size: int,
+        max_logprobs: int,
+        max_num_seqs: int | None = None,
+        eos_token_ids: Iterable[int] = (),
     ) -> None:
         """Checks the parameters against a model and an engine.
 
@@ -133,12 +173,16 @@ class SamplingParams:
             max_logprobs: the engine's limit on `logprobs` and `prompt_logprobs`; -1 for the
                 whole vocabulary, 0 where the engine computes none.
             max_num_seqs: the most sequences the engine runs at once.
+            eos_token_ids: the model's end-of-sequence tokens.
 
         Raises:
             ValueError: naming the field, what it may be and what it was.
         """
-        if max_num_seqs is not None and self.n > max_num_seqs:
-            raise ValueError(f"n must be at most max_num_seqs={max_num_seqs}, got {self.n}")
+        if max_num_seqs is not None and self.num_seqs > max_num_seqs:
+            name = "n" if self.best_of is None else "best_of"
+            raise ValueError(
+                f"{name} must be at most max_num_seqs={max_num_seqs}, got {self.num_seqs}"
+            )
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             for token in getattr(self, name) or ():
                 if not 0 <= token < vocab_size:
@@ -157,6 +201,13 @@ class SamplingParams:
                     f"{name} must be at most max_logprobs={limit}, got {asked}"
                     + (f" (all {vocab_size} tokens)" if asked == -1 else "")
                 )
+        if self.use_beam_search:
+            num_ends = len(self.end_token_ids(eos_token_ids))
+            if num_candidates(self.num_seqs, num_ends) > limit:
+                raise ValueError(
+                    f"best_of (the beam width) must be at most {max(limit - num_ends, 0)}, which is"
+                    f" max_logprobs={limit} less {num_ends} end tokens, got {self.num_seqs}"
+                )
 
     def _normalise_numbers(self) -> None:
         self._integer("n", 1, rule="at least 1")
@@ -169,6 +220,8 @@ class SamplingParams:
         self._number("min_p", "in [0, 1]", lambda x: 0 <= x <= 1)
         self._integer("max_tokens", 1, rule="at least 1, or None", optional=True)
         self._integer("min_tokens", 0, rule="at least 0")
+        self._integer("best_of", 1, rule="at least 1, or None", optional=True)
+        self._number("length_penalty", "in [-5, 5]", lambda x: -5 <= x <= 5)
         for name in ("logprobs", "prompt_logprobs"):
             self._integer(name, -1, rule="at least 0, -1 (all tokens) or None", optional=True)
         rule = "in [-2**63, 2**63 - 1] or None"
@@ -179,6 +232,38 @@ class SamplingParams:
             raise ValueError(
                 f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}"
             )
+
+    def _check_beam_search(self) -> None:
+        """Refuses what beam search cannot do, and its fields without it."""
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise ValueError(
+                f'early_stopping must be True, False or "never", got {self.early_stopping!r}'
+            )
+        if not self.use_beam_search:
+            for name, default in _BEAM_SEARCH_FIELDS.items():
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name} needs use_beam_search=True, got {getattr(self, name)!r}"
+                    )
+            return
+        if not self.is_greedy:
+            raise ValueError(
+                f"temperature must be 0 with use_beam_search=True, got {self.temperature}"
+            )
+        if self.best_of is not None and self.n > self.best_of:
+            raise ValueError(
+                f"n must be at most best_of={self.best_of} (the beam width), got {self.n}"
+            )
+        if self.output_kind is RequestOutputKind.DELTA:
+            raise ValueError(
+                'output_kind must be "final_only" or "cumulative" with use_beam_search=True: beams '
+                'may be dropped again, got "delta"'
+            )
+        for name in _NOT_WITH_BEAMS:
+            if getattr(self, name) != _default(name):
+                raise ValueError(
+                    f"{name} does not work with use_beam_search=True, got {getattr(self, name)!r}"
+                )
 
     def _normalise_lists(self) -> None:
         self._strings("stop", (self.stop,) if isinstance(self.stop, str) else self.stop)
@@ -251,13 +336,82 @@ class SamplingParams:
         self._set(name, tuple(tokens))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BeamSearchParams:
+    """How `LLM.beam_search` continues a prompt; names and defaults are vLLM's.
+
+    Scores are those of `transformers`: only generated tokens count as length.
+
+    Attributes:
+        beam_width: beams to follow, and continuations to return.
+        max_tokens: tokens to generate at most.
+        ignore_eos: go on after the model's end-of-sequence token.
+        temperature: must be 0.
+        length_penalty: see `SamplingParams`, as for the next two.
+        early_stopping: see `SamplingParams`.
+        include_stop_str_in_output: keep the end token in the text.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    early_stopping: EarlyStopping = False
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses what no model could do.
+
+        Raises:
+            ValueError: naming the field, what it may be and what it was.
+        """
+        for name in ("beam_width", "max_tokens"):
+            value = getattr(self, name)
+            if not _is_integer(value) or value < 1:
+                raise ValueError(f"{name} must be an integer, at least 1, got {value!r}")
+        self.sampling_params()
+
+    def sampling_params(self) -> SamplingParams:
+        """The same as parameters of one request."""
+        return SamplingParams(
+            n=self.beam_width,
+            best_of=self.beam_width,
+            max_tokens=self.max_tokens,
+            ignore_eos=self.ignore_eos,
+            temperature=self.temperature,
+            length_penalty=self.length_penalty,
+            early_stopping=self.early_stopping,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            use_beam_search=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+
 _BOOLEAN_FIELDS = (
     "ignore_eos",
     "detokenize",
     "skip_special_tokens",
     "spaces_between_special_tokens",
     "include_stop_str_in_output",
+    "use_beam_search",
 )
+_BEAM_SEARCH_FIELDS = {"best_of": None, "length_penalty": 1.0, "early_stopping": False}
+# What changes log-probabilities, or ends a continuation by its text.
+_NOT_WITH_BEAMS = (
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "min_tokens",
+    "stop",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+)
+
+
+def _default(name: str) -> object:
+    return SamplingParams.__dataclass_fields__[name].default
 
 
 def _is_integer(value: object) -> TypeGuard[int]:

@@ -14,6 +14,7 @@ LINKED = {"pallas_kernels", "models", "serving"}
 
 # The host side of the engine: deterministic, and testable without a device.
 HOST_MODULES = (
+    "beam_search",
     "block_manager",
     "block_pool",
     "outputs",

@@ -1,10 +1,11 @@
 import dataclasses
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
 
-from jpaged.sampling_params import RequestOutputKind, SamplingParams
+from jpaged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 
 def test_defaults_are_vllms():
@@ -86,8 +87,8 @@ def test_small_temperature_is_greedy(temperature, greedy):
 
 
 def test_unknown_fields_are_refused():
-    with pytest.raises(TypeError, match="best_of"):
-        SamplingParams(best_of=2)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match="top_a"):
+        SamplingParams(top_a=2)  # pyright: ignore[reportCallIssue]
 
 
 REFUSED = [
@@ -150,6 +151,30 @@ REFUSED = [
     ({"logit_bias": {1: float("nan")}}, r"logit_bias must have values in .*, got nan for token 1"),
     ({"ignore_eos": 1}, r"ignore_eos must be True or False, got 1"),
     ({"output_kind": "all"}, r"output_kind must be one of cumulative, delta, .*, got 'all'"),
+    ({"use_beam_search": 1}, r"use_beam_search must be True or False, got 1"),
+    ({"best_of": 2}, r"best_of needs use_beam_search=True, got 2"),
+    ({"length_penalty": 0.5}, r"length_penalty needs use_beam_search=True, got 0.5"),
+    ({"early_stopping": True}, r"early_stopping needs use_beam_search=True, got True"),
+    ({"early_stopping": "always"}, r'early_stopping must be True, False or "never", got .*'),
+    ({"early_stopping": 1}, r'early_stopping must be True, False or "never", got 1'),
+]
+BEAMS = {"use_beam_search": True, "temperature": 0, "best_of": 4}
+REFUSED_WITH_BEAMS = [
+    ({"temperature": 1}, r"temperature must be 0 with use_beam_search=True, got 1.0"),
+    ({"n": 5}, r"n must be at most best_of=4 \(the beam width\), got 5"),
+    ({"best_of": 0}, r"best_of must be at least 1, or None, got 0"),
+    ({"best_of": 2.0}, r"best_of must be an integer, .*, got 2.0"),
+    ({"length_penalty": 6}, r"length_penalty must be in \[-5, 5\], got 6"),
+    ({"length_penalty": float("nan")}, r"length_penalty must be in \[-5, 5\], got nan"),
+    ({"output_kind": "delta"}, r'output_kind must be "final_only" or "cumulative" with .*"delta"'),
+    ({"presence_penalty": 1}, r"presence_penalty does not work with use_beam_search=True, got 1"),
+    ({"frequency_penalty": 1}, r"frequency_penalty does not work with .*, got 1.0"),
+    ({"repetition_penalty": 2}, r"repetition_penalty does not work with .*, got 2.0"),
+    ({"min_tokens": 1}, r"min_tokens does not work with .*, got 1"),
+    ({"stop": "a"}, r"stop does not work with .*, got \('a',\)"),
+    ({"logit_bias": {1: 1}}, r"logit_bias does not work with .*, got {1: 1.0}"),
+    ({"allowed_token_ids": [1]}, r"allowed_token_ids does not work with .*, got \(1,\)"),
+    ({"bad_words": ["a"]}, r"bad_words does not work with .*, got \('a',\)"),
 ]
 
 
@@ -159,7 +184,55 @@ def test_bad_values_are_refused(fields, message):
         SamplingParams(**fields)
 
 
-LIMITS = {"vocab_size": 100, "max_logprobs": 20, "max_num_seqs": 8}
+@pytest.mark.parametrize(("fields", "message"), REFUSED_WITH_BEAMS)
+def test_what_beam_search_cannot_do_is_refused(fields, message):
+    with pytest.raises(ValueError, match="^" + message):
+        SamplingParams(**(BEAMS | fields))
+
+
+def test_beams_are_as_many_as_best_of_says():
+    assert SamplingParams(n=3).num_seqs == 3
+    assert SamplingParams(**BEAMS, n=3).num_seqs == 4
+    assert SamplingParams(n=3, use_beam_search=True, temperature=0).num_seqs == 3
+
+
+def test_end_tokens_are_the_models_and_the_callers():
+    assert SamplingParams(stop_token_ids=[5, 2]).end_token_ids((1, 2)) == (1, 2, 5)
+    assert SamplingParams(stop_token_ids=[5], ignore_eos=True).end_token_ids((1, 2)) == (5,)
+
+
+def test_beam_search_params_become_sampling_params():
+    params = BeamSearchParams(beam_width=3, max_tokens=7, length_penalty=0.5, early_stopping=True)
+    assert params.sampling_params() == SamplingParams(
+        n=3,
+        best_of=3,
+        use_beam_search=True,
+        temperature=0,
+        max_tokens=7,
+        length_penalty=0.5,
+        early_stopping=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"beam_width": 0}, r"beam_width must be an integer, at least 1, got 0"),
+        ({"beam_width": True}, r"beam_width must be an integer, at least 1, got True"),
+        ({"max_tokens": None}, r"max_tokens must be an integer, at least 1, got None"),
+        ({"temperature": 0.7}, r"temperature must be 0 with use_beam_search=True, got 0.7"),
+        ({"length_penalty": "1"}, r"length_penalty must be a number, .*, got '1'"),
+        ({"early_stopping": None}, r'early_stopping must be True, False or "never", got None'),
+        ({"ignore_eos": 0}, r"ignore_eos must be True or False, got 0"),
+    ],
+)
+def test_bad_beam_search_params_are_refused(fields, message):
+    with pytest.raises(ValueError, match="^" + message):
+        BeamSearchParams(**({"beam_width": 2, "max_tokens": 8} | fields))
+
+
+LIMITS: dict[str, Any] = {"vocab_size": 100, "max_logprobs": 20, "max_num_seqs": 8}
 
 
 @pytest.mark.parametrize(
@@ -179,6 +252,14 @@ LIMITS = {"vocab_size": 100, "max_logprobs": 20, "max_num_seqs": 8}
         ({"logprobs": 101}, {"max_logprobs": -1}, r"logprobs must be at most max_logprobs=100"),
         ({"logprobs": 101}, {"max_logprobs": 200}, r"logprobs must be at most max_logprobs=100"),
         ({"logprobs": 0}, {"max_logprobs": 0}, r"logprobs must be None where max_logprobs=0"),
+        (BEAMS | {"best_of": 9}, {}, r"best_of must be at most max_num_seqs=8, got 9"),
+        (
+            BEAMS,
+            {"max_logprobs": 5, "eos_token_ids": (1, 2)},
+            r"best_of \(the beam width\) must be at most 3, which is max_logprobs=5 less 2 end tok",
+        ),
+        (BEAMS, {"max_logprobs": 0}, r"best_of \(the beam width\) must be at most 0, .*, got 4"),
+        (BEAMS, {"vocab_size": 3}, r"best_of \(the beam width\) must be at most 3, .*, got 4"),
     ],
 )
 def test_what_the_model_or_engine_cannot_do_is_refused(fields, limits, message):
@@ -192,4 +273,5 @@ def test_what_is_possible_is_accepted():
         n=8, stop_token_ids=[99], allowed_token_ids=[0], logit_bias={99: -100}, logprobs=20
     ).validate(**LIMITS)
     SamplingParams(logprobs=-1).validate(vocab_size=100, max_logprobs=-1)
+    SamplingParams(**BEAMS).validate(vocab_size=100, max_logprobs=6, eos_token_ids=(1, 2))
     SamplingParams(prompt_logprobs=-1).validate(vocab_size=100, max_logprobs=100)
