@@ -9,9 +9,12 @@ if TYPE_CHECKING:
     from jpaged.async_engine import EngineDeadError as EngineDeadError
     from jpaged.engine_config import EngineConfig as EngineConfig
     from jpaged.llm import LLM as LLM
+    from jpaged.outputs import BeamSearchOutput as BeamSearchOutput
+    from jpaged.outputs import BeamSearchSequence as BeamSearchSequence
     from jpaged.outputs import CompletionOutput as CompletionOutput
     from jpaged.outputs import Logprob as Logprob
     from jpaged.outputs import RequestOutput as RequestOutput
+    from jpaged.sampling_params import BeamSearchParams as BeamSearchParams
     from jpaged.sampling_params import RequestOutputKind as RequestOutputKind
     from jpaged.sampling_params import SamplingParams as SamplingParams
 
@@ -21,6 +24,9 @@ __version__ = "0.1.0"
 # first and `jpaged --help` is instant.
 _EXPORTS = {
     "AsyncLLM": "jpaged.async_engine",
+    "BeamSearchOutput": "jpaged.outputs",
+    "BeamSearchParams": "jpaged.sampling_params",
+    "BeamSearchSequence": "jpaged.outputs",
     "CompletionOutput": "jpaged.outputs",
     "EngineConfig": "jpaged.engine_config",
     "EngineDeadError": "jpaged.async_engine",
@@ -34,6 +40,9 @@ _EXPORTS = {
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "EngineConfig",
     "EngineDeadError",

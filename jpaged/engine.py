@@ -9,11 +9,13 @@ import dataclasses
 import logging
 import time
 from collections import deque
+from collections.abc import Iterable
 
 import jax
 import numpy as np
 
 from jpaged import platform
+from jpaged.beam_outputs import BeamOutputs
 from jpaged.block_manager import BlockManager
 from jpaged.config import SchedulerConfig
 from jpaged.engine_config import EngineConfig
@@ -128,6 +130,7 @@ class Engine:
             vocab_size=config.vocab_size,
             max_logprobs=self.config.max_logprobs,
             max_num_seqs=self.scheduler.config.max_num_seqs,
+            eos_token_ids=self.eos_token_ids,
         )
         needs_text = "stop" if params.stop else "bad_words" if params.bad_words else None
         if needs_text and self.tokenizer is None:
@@ -142,6 +145,8 @@ class Engine:
             cache_salt=parsed.cache_salt,
             eos_token_ids=self.eos_token_ids,
             skip_prefix_cache=params.prompt_logprobs is not None,
+            num_seqs=params.num_seqs,
+            is_beam_search=params.use_beam_search,
         )
         sampling = RequestSampling(
             params,
@@ -149,10 +154,18 @@ class Engine:
             eos_token_ids=self.eos_token_ids,
             encode=self._encode_bare if self.tokenizer is not None else None,
         )
-        request.engine_state = _EngineState(
-            RequestOutputs(request, params, self.tokenizer), sampling
-        )
-        self.scheduler.check_request(request)
+        max_length = self.scheduler.check_request(request)
+        if params.use_beam_search:
+            outputs = BeamOutputs(
+                request,
+                params,
+                self.tokenizer,
+                max_tokens=max_length - len(token_ids),
+                num_logprobs=sampling.num_logprobs,
+            )
+        else:
+            outputs = RequestOutputs(request, params, self.tokenizer)
+        request.engine_state = _EngineState(outputs, sampling)
         return request
 
     def _encode_bare(self, text: str) -> list[int]:
@@ -197,6 +210,8 @@ class Engine:
         """Dispatches the next step and returns what the one before it brought."""
         start = time.perf_counter()
         scheduled = self.scheduler.schedule()
+        if scheduled.preempted:
+            self._settle_beams({seq.request for seq in scheduled.preempted})
         if not scheduled.is_empty:
             self._in_flight.append(self._dispatch(scheduled))
         self._host_time_s += time.perf_counter() - start
@@ -219,6 +234,7 @@ class Engine:
 
     def _process(self, scheduled: SchedulerOutput, result: StepResult) -> list[RequestOutput]:
         touched: dict[str, Request] = {}
+        searching: dict[Request, None] = {}
         first_token = 0
         for i, seq in enumerate(scheduled.seqs):
             outputs = _state_of(seq.request).outputs
@@ -226,6 +242,13 @@ class Engine:
                 self._take_prompt_logprobs(scheduled, result, i, first_token)
             first_token += scheduled.num_scheduled_tokens[i]
             if not scheduled.samples[i]:
+                continue
+            if isinstance(outputs, BeamOutputs):
+                if seq.is_finished:
+                    self._num_discarded_tokens += 1
+                else:
+                    outputs.take(seq, result.logprobs(i))
+                    searching[seq.request] = None
                 continue
             token_id = result.tokens[i]
             if not self.scheduler.append_token(seq, token_id):
@@ -239,8 +262,23 @@ class Engine:
             if finish is not None:
                 self.scheduler.finish_sequence(seq, finish.reason, finish.stop_reason)
             touched[seq.request.request_id] = seq.request
+        for request in self._settle_beams(searching):
+            touched[request.request_id] = request
         found = (_state_of(request).outputs.output() for request in touched.values())
         return [output for output in found if output is not None]
+
+    def _settle_beams(self, requests: Iterable[Request]) -> list[Request]:
+        """Lets the searches among some requests go on where they can; those that ended."""
+        ended = []
+        for request in requests:
+            outputs = _state_of(request).outputs
+            if isinstance(outputs, BeamOutputs):
+                num_tokens = outputs.search.num_tokens
+                if outputs.settle(self.scheduler):
+                    ended.append(request)
+                advanced = outputs.search.num_tokens - num_tokens
+                self._num_generated_tokens += advanced * len(request.sequences)
+        return ended
 
     def _take_prompt_logprobs(
         self, scheduled: SchedulerOutput, result: StepResult, index: int, first_token: int

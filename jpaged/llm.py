@@ -10,10 +10,10 @@ from typing import Any, Self
 from jpaged.compile_plan import CompilePlan
 from jpaged.engine import Engine, EngineStats
 from jpaged.engine_config import EngineConfig
-from jpaged.outputs import RequestOutput
+from jpaged.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 from jpaged.prompts import Prompt
 from jpaged.request import Request
-from jpaged.sampling_params import RequestOutputKind, SamplingParams
+from jpaged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from jpaged.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -77,6 +77,50 @@ class LLM:
             )
             requests.append(self._make_request(prompt, prompt_params, prompt_priority))
         return self._run(requests, use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[BeamSearchOutput]:
+        """The most likely continuations of each prompt, best first.
+
+        The same as `generate` with `SamplingParams(use_beam_search=True)`, in the form of vLLM.
+
+        Args:
+            prompts: As in `generate`.
+            params: For all prompts.
+            use_tqdm: As in `generate`.
+
+        Raises:
+            ValueError: As `generate`.
+        """
+        outputs = self.generate(prompts, params.sampling_params(), use_tqdm=use_tqdm)
+        return [self._beam_search_output(output, params) for output in outputs]
+
+    def _beam_search_output(
+        self, output: RequestOutput, params: BeamSearchParams
+    ) -> BeamSearchOutput:
+        sequences = []
+        for completion in output.outputs:
+            tokens = shown = output.prompt_token_ids + completion.token_ids
+            if completion.finish_reason == "stop" and not params.include_stop_str_in_output:
+                shown = tokens[:-1]
+            assert completion.cumulative_logprob is not None, "beams always have one"
+            assert completion.score is not None, "beams always have one"
+            sequences.append(
+                BeamSearchSequence(
+                    tokens=tokens,
+                    cum_logprob=completion.cumulative_logprob,
+                    score=completion.score,
+                    text=self.engine.tokenizer and self.engine.tokenizer.decode(shown, False),
+                    finish_reason=completion.finish_reason,
+                    stop_reason=completion.stop_reason,
+                )
+            )
+        return BeamSearchOutput(sequences)
 
     def chat(
         self,

@@ -173,7 +173,9 @@ class RequestOutputs:
         self.params = params
         self._tokenizer = tokenizer
         self.metrics = RequestMetrics(arrival_time_s=request.arrival_time)
-        self.sequences = [SequenceOutput(seq, params, tokenizer) for seq in request.sequences]
+        self.sequences: list[SequenceOutput] = []
+        if not params.use_beam_search:
+            self.sequences = [SequenceOutput(seq, params, tokenizer) for seq in request.sequences]
         self._told_finished: set[int] = set()
         self.prompt_logprobs: list[PositionLogprobs | None] | None = None
         if params.prompt_logprobs is not None:
@@ -202,16 +204,7 @@ class RequestOutputs:
             self.metrics.finished_time_s = time.monotonic()
         elif kind is RequestOutputKind.FINAL_ONLY:
             return None
-        completions = []
-        for sequence in self.sequences:
-            index = sequence.sequence.seq_index
-            if kind is RequestOutputKind.DELTA and index in self._told_finished:
-                continue
-            completion = sequence.output(kind)
-            if completion is not None:
-                completions.append(completion)
-                if completion.finished:
-                    self._told_finished.add(index)
+        completions = self.completions()
         if not completions:
             return None
         self.metrics.num_preemptions = sum(s.num_preemptions for s in request.sequences)
@@ -225,6 +218,21 @@ class RequestOutputs:
             num_cached_tokens=request.sequences[0].num_cached_tokens,
             metrics=self.metrics,
         )
+
+    def completions(self) -> list[CompletionOutput]:
+        """What there is to tell of each continuation."""
+        kind = self.params.output_kind
+        found = []
+        for sequence in self.sequences:
+            index = sequence.sequence.seq_index
+            if kind is RequestOutputKind.DELTA and index in self._told_finished:
+                continue
+            completion = sequence.output(kind)
+            if completion is not None:
+                found.append(completion)
+                if completion.finished:
+                    self._told_finished.add(index)
+        return found
 
 
 def position_logprobs(

@@ -32,6 +32,8 @@ class CompletionOutput:
     logprobs: list[PositionLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    score: float | None = None
+    """What beam search orders by: `cumulative_logprob` over the length to a power."""
 
     @property
     def finished(self) -> bool:
@@ -69,3 +71,27 @@ class RequestOutput:
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class BeamSearchSequence:
+    """One continuation found by `LLM.beam_search`.
+
+    `tokens` and `text` are those of prompt and continuation. `tokens` end with the end token, if
+    one was reached; `text` does so only with `include_stop_str_in_output`. Without a tokenizer
+    there is no text. The others are as in `CompletionOutput`.
+    """
+
+    tokens: list[int]
+    cum_logprob: float
+    score: float
+    text: str | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class BeamSearchOutput:
+    """The continuations of one prompt, best first."""
+
+    sequences: list[BeamSearchSequence]

@@ -20,7 +20,7 @@ class GroupParams(Protocol):
 
     @property
     def n(self) -> int:
-        """Sequences of the group."""
+        """Sequences of the group, unless the request says another number."""
         ...
 
     @property
@@ -47,6 +47,8 @@ class Sequence:
         token_ids: prompt and the output known to the host.
         num_prompt_tokens: how many of them are the prompt.
         max_length: tokens, prompt and output, at which it ends; set by `Scheduler.add_request`.
+            Of a beam one more than its known tokens: what follows them is the group's choice, made
+            when the tokens of all beams are there.
         num_pending: tokens sampled by a dispatched step and not yet read by the host.
         num_computed_tokens: tokens whose K and V are in the pool once the dispatched steps have
             run.
@@ -57,6 +59,8 @@ class Sequence:
         block_ids: its blocks in order.
         block_hashes: chained hashes of its full blocks, as far as they were needed; survives
             preemption.
+        has_new_table: whether its blocks were exchanged since its last step, so that its whole
+            table goes with the next.
         num_registered_blocks: leading blocks that went through the prefix cache.
         register_at: number of known and computed tokens at which the next block can be registered.
         row: its row in the runner's persistent arrays while it runs.
@@ -74,6 +78,7 @@ class Sequence:
         "block_ids",
         "engine_state",
         "finish_reason",
+        "has_new_table",
         "in_prefill",
         "max_length",
         "num_cached_tokens",
@@ -104,6 +109,7 @@ class Sequence:
         self.in_prefill = False
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []
+        self.has_new_table = False
         self.num_registered_blocks = 0
         self.register_at = 0
         self.row: int | None = None
@@ -143,7 +149,7 @@ class Sequence:
 
 
 class Request:
-    """A sequence group: one prompt and its `n` continuations, preempted and resumed together.
+    """A sequence group: one prompt and its continuations, preempted and resumed together.
 
     Attributes:
         request_id: the caller's name for it, unique among unfinished requests.
@@ -159,6 +165,8 @@ class Request:
         eos_token_ids: the model's end-of-sequence tokens.
         skip_prefix_cache: whether all of its prompt is to be computed, as prompt log-probabilities
             need; its blocks are shared with others all the same.
+        is_beam_search: whether its sequences are beams, which go on only by
+            `Scheduler.advance_beams`.
         engine_state: what the engine keeps for it; not looked at here.
     """
 
@@ -168,6 +176,7 @@ class Request:
         "cache_salt",
         "engine_state",
         "eos_token_ids",
+        "is_beam_search",
         "priority",
         "prompt",
         "prompt_token_ids",
@@ -190,6 +199,8 @@ class Request:
         cache_salt: str | None = None,
         eos_token_ids: tuple[int, ...] = (),
         skip_prefix_cache: bool = False,
+        num_seqs: int | None = None,
+        is_beam_search: bool = False,
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -201,8 +212,10 @@ class Request:
         self.cache_salt = cache_salt
         self.eos_token_ids = eos_token_ids
         self.skip_prefix_cache = skip_prefix_cache
+        self.is_beam_search = is_beam_search
         self.engine_state: object = None
-        self.sequences = [Sequence(self, index) for index in range(sampling_params.n)]
+        count = sampling_params.n if num_seqs is None else num_seqs
+        self.sequences = [Sequence(self, index) for index in range(count)]
         self.unfinished = list(self.sequences)
 
     def __repr__(self) -> str:

@@ -13,7 +13,7 @@ from enum import IntEnum, auto
 import numpy as np
 from numpy.typing import NDArray
 
-from jpaged.sampling_params import SamplingParams
+from jpaged.sampling_params import SamplingParams, num_candidates
 
 MAX_BANS = 32
 """Tokens that may be banned for one row in one step."""
@@ -86,6 +86,8 @@ class RequestSampling:
         bias_token_ids: `int32[E]`.
         bias_values: `float32[E]`, the value of each of those tokens in the bias row (-inf = ban).
         only_listed: whether every token not in `bias_token_ids` is banned.
+        num_logprobs: most likely tokens to return with their log-probabilities, -1 for none and
+            no log-probability of the sampled token either.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class RequestSampling:
         self._make_bias(vocab_size, {word[0] for word in words if len(word) == 1})
         penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
         self.needs_state = self.has_bias or penalties != (0.0, 0.0, 1.0)
+        self.num_logprobs = _num_logprobs(params, vocab_size, eos_token_ids)
         self._row = self._make_row(vocab_size, seed if params.seed is None else params.seed)
 
     @property
@@ -127,7 +130,7 @@ class RequestSampling:
         """Whether it wants the most likely token, or draws from all, and asks for nothing else."""
         params = self._params
         filters = self._row[Column.TOP_K] > 0 or params.min_p > 0.0 or params.top_p < 1.0
-        asks_more = self.needs_state or self.may_ban or params.logprobs is not None
+        asks_more = self.needs_state or self.may_ban or self.num_logprobs >= 0
         return not asks_more and (params.is_greedy or not filters)
 
     @property
@@ -220,15 +223,19 @@ class RequestSampling:
             repetition_penalty=min(max(params.repetition_penalty, 1e-30), 1e30),
             top_k=params.top_k if sampled and 0 < params.top_k < vocab_size else 0,
             seed=seed,
-            num_logprobs=_num_logprobs(params.logprobs, vocab_size),
+            num_logprobs=self.num_logprobs,
             has_bias=self.has_bias,
         )
 
 
-def _num_logprobs(logprobs: int | None, vocab_size: int) -> int:
-    if logprobs is None:
-        return -1
-    return vocab_size if logprobs == -1 else logprobs
+def _num_logprobs(params: SamplingParams, vocab_size: int, eos_token_ids: Sequence[int]) -> int:
+    asked = -1
+    if params.logprobs is not None:
+        asked = vocab_size if params.logprobs == -1 else params.logprobs
+    if params.use_beam_search:
+        num_ends = len(params.end_token_ids(eos_token_ids))
+        asked = max(asked, num_candidates(params.num_seqs, num_ends))
+    return asked
 
 
 def _tokenised_bad_words(

@@ -96,6 +96,8 @@ class Scheduler:
         max_length = self.check_request(request)
         request.arrival_index = self._num_arrived
         self._num_arrived += 1
+        if request.is_beam_search:
+            max_length = len(request.prompt_token_ids) + 1
         for seq in request.sequences:
             seq.max_length = max_length
         self._requests[request.request_id] = request
@@ -158,6 +160,44 @@ class Scheduler:
         if seq.num_computed_tokens >= seq.register_at <= len(token_ids):
             self.block_manager.register_full_blocks(seq)
         return True
+
+    def drop_token(self, seq: Sequence) -> None:
+        """Gives up the pending token of a preempted sequence: it will be sampled again."""
+        assert seq.status is SequenceStatus.PREEMPTED, f"not preempted: {seq}"
+        assert seq.num_pending == 1, f"no pending token: {seq}"
+        seq.num_pending = 0
+
+    def advance_beams(
+        self, request: Request, choices: list[tuple[Sequence, int]]
+    ) -> list[Sequence]:
+        """Continues a beam search with as many beams; the sequences that they are now, in order.
+
+        The first to continue a sequence does so in place; the others fork from it in place of
+        sequences that nothing continues. Blocks are copied when they are next written.
+
+        Args:
+            request: whose unfinished sequences each have one pending token, all of them read.
+            choices: for each beam the sequence that it continues, and its token.
+        """
+        seqs = request.unfinished
+        assert len(choices) == len(seqs), f"{len(choices)} choices for {request}"
+        parents = {parent for parent, _ in choices}
+        dropped = [seq for seq in seqs if seq not in parents]
+        for seq in dropped:
+            self.block_manager.free(seq)
+        beams = []
+        for parent, _ in choices:
+            if parent in parents:
+                parents.remove(parent)
+                beams.append(parent)
+            else:
+                beam = dropped.pop()
+                self._move_beam(beam, parent)
+                beams.append(beam)
+        for seq, (_, token_id) in zip(beams, choices, strict=True):
+            seq.max_length = len(seq.token_ids) + 2
+            self.append_token(seq, token_id)
+        return beams
 
     def schedule(self) -> SchedulerOutput:
         """The next step; must be executed, after all steps scheduled before."""
@@ -418,9 +458,20 @@ class Scheduler:
                 step.is_stalled = True
                 return False
             self._preempt_last()
-        if new_ids or cached:
+        if seq.has_new_table:
+            seq.has_new_table = False
+            step.table_updates.append((seq, 0))
+        elif new_ids or cached:
             step.table_updates.append((seq, first_changed))
         return True
+
+    def _move_beam(self, seq: Sequence, parent: Sequence) -> None:
+        """Makes a sequence without blocks equal to another one of its group."""
+        seq.token_ids = parent.token_ids.copy()
+        seq.block_hashes = parent.block_hashes.copy()
+        if parent.block_ids:
+            self.block_manager.fork(parent, seq)
+            seq.has_new_table = True
 
     def _preempt_last(self) -> None:
         request = self._running.pop()

@@ -1,20 +1,21 @@
 """The default model in float32 says what transformers says, however its requests are scheduled."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import helpers
 import pytest
 
-from jpaged import LLM, RequestOutputKind, SamplingParams
+from jpaged import LLM, BeamSearchParams, RequestOutputKind, SamplingParams
 from jpaged.compile_plan import StepShape
 
 pytestmark = [pytest.mark.model, helpers.needs_default_model]
 
-GOLDEN = json.loads(
-    (Path(__file__).parents[1] / "golden" / "smollm2_greedy.json").read_text("utf-8")
-)["prompts"]
+FILES = Path(__file__).parents[1] / "golden"
+GOLDEN = json.loads((FILES / "smollm2_greedy.json").read_text("utf-8"))["prompts"]
+BEAM_GOLDEN = json.loads((FILES / "beam_search.json").read_text("utf-8"))["default_model"]
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 512,
@@ -133,3 +134,57 @@ def test_logit_bias_changes_the_text(llm):
     assert avoided.text != text
     (word,) = tokenizer.encode(" yes", add_special_tokens=False)
     assert _chat(llm, logit_bias={word: 100}, max_tokens=3, ignore_eos=True).text == " yes" * 3
+
+
+def test_beam_search_finds_what_transformers_finds(llm):
+    rows = [(row["prompt_token_ids"], case) for row in BEAM_GOLDEN for case in row["cases"]]
+    assert len(rows) >= 10
+    params = [
+        SamplingParams(
+            use_beam_search=True,
+            temperature=0,
+            n=case["beam_width"],
+            max_tokens=case["max_tokens"],
+            length_penalty=case["length_penalty"],
+            early_stopping=case["early_stopping"],
+        )
+        for _, case in rows
+    ]
+    prompts = [{"prompt_token_ids": prompt} for prompt, _ in rows]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    for (_, case), output in zip(rows, outputs, strict=True):
+        found, expected = output.outputs, case["hypotheses"]
+        assert [c.token_ids for c in found] == [h["token_ids"] for h in expected], case
+        assert [c.score for c in found] == pytest.approx([h["score"] for h in expected], abs=1e-3)
+    ends = {completion.finish_reason for output in outputs for completion in output.outputs}
+    assert ends == {"stop", "length"}
+    assert llm.stats().scheduler.blocks.used == 0
+
+
+def test_beam_search_answers_in_text(llm):
+    tokenizer, prompt = llm.get_tokenizer(), llm.chat_prompt(CHAT)
+    params = BeamSearchParams(beam_width=3, max_tokens=24)
+    (output,) = llm.beam_search(prompt, params)
+    best = output.sequences[0]
+    assert best.finish_reason == "stop"
+    assert best.tokens[: len(prompt["prompt_token_ids"])] == prompt["prompt_token_ids"]
+    assert "Paris" in (best.text or "")
+    assert best.text == tokenizer.decode(best.tokens[:-1], skip_special_tokens=False)
+    assert [s.score for s in output.sequences] == sorted(
+        (s.score for s in output.sequences), reverse=True
+    )
+    (same,) = llm.generate(prompt, params.sampling_params(), use_tqdm=False)
+    assert best.text == prompt["prompt"] + same.outputs[0].text
+    kept = BeamSearchParams(beam_width=3, max_tokens=24, include_stop_str_in_output=True)
+    assert (llm.beam_search(prompt, kept)[0].sequences[0].text or "").endswith("<|im_end|>")
+
+
+def test_a_step_sorts_no_vocabulary_for_its_likeliest_tokens(llm):
+    runner = llm.engine.runner
+    shape = StepShape(OPTIONS["max_num_seqs"], OPTIONS["max_num_seqs"], True)
+    text = runner._lower(shape, runner.num_blocks).as_text()
+    chosen_from = re.findall(r"top_k.*tensor<\d+x(\d+)xf32>\s*->", text)
+    chosen_from += re.findall(r"stablehlo\.sort.*?->\s*\(?tensor<\d+x(\d+)x", text, re.DOTALL)
+    assert len(chosen_from) >= 3, "of the tiles' maxima, of their places, of the best tiles"
+    vocab_size = llm.engine.model_config.vocab_size
+    assert max(map(int, chosen_from)) < vocab_size / 10

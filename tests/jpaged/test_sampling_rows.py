@@ -82,6 +82,14 @@ def test_number_of_logprobs(logprobs, packed):
     assert sampling(logprobs=logprobs).row(0)[Column.NUM_LOGPROBS] == packed
 
 
+@pytest.mark.parametrize(("fields", "packed"), [({}, 5), ({"logprobs": 9}, 9), ({"n": 2}, 5)])
+def test_beams_ask_for_their_candidates(fields, packed):
+    params = {"use_beam_search": True, "temperature": 0, "best_of": 4} | fields
+    beams = sampling(**params)
+    assert beams.row(0)[Column.NUM_LOGPROBS] == packed, "the beam width and one end token"
+    assert not beams.is_plain
+
+
 def test_extreme_values_stay_finite_and_positive_in_float32():
     row = sampling(temperature=1e300, top_p=1e-300, repetition_penalty=1e-300).row(0)
     values = np.array(floats(row, Column.TEMPERATURE, Column.REPETITION_PENALTY))

@@ -7,13 +7,17 @@ stepping, sharing or reuse may get wrong shows as a slot that holds what it shou
 step reads, and after each step in what the tables of all running sequences lead to.
 """
 
+import dataclasses
 import random
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from jpaged.beam_outputs import BeamOutputs
+from jpaged.beam_search import BeamSearch
 from jpaged.block_manager import BlockManager
 from jpaged.config import SchedulerConfig
 from jpaged.request import Request, Sequence
@@ -25,7 +29,41 @@ BLOCK_SIZE = 4
 MAX_MODEL_LEN = 40
 EOS = 9
 
-Sampled = list[tuple[Sequence, int]]
+BEAM_CANDIDATES = 6  # of five beams and one end token
+
+Sampled = list[tuple[Sequence, "int | Candidates"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """What a step says of a beam: its likeliest tokens, a function of those before."""
+
+    top_token_ids: np.ndarray
+    top_logprobs: np.ndarray
+    logprob: float = 0.0
+    rank: int = 1
+
+    @classmethod
+    def after(cls, token_ids: list[int]) -> "Candidates":
+        rng = random.Random(hash(tuple(token_ids)))
+        tokens = rng.sample([0, 1, 2, 3, 4, 5, EOS], BEAM_CANDIDATES)
+        logprobs = sorted((-rng.random() * 4 for _ in tokens), reverse=True)
+        return cls(np.array(tokens, np.int32), np.array(logprobs, np.float32))
+
+
+def search_alone(request: Request, max_tokens: int) -> list[list[int]]:
+    """What the beam search of a request finds without a scheduler."""
+    width = len(request.sequences)
+    search = BeamSearch(beam_width=width, max_tokens=max_tokens, end_token_ids=[EOS])
+    beams = [request.prompt_token_ids]
+    while not search.is_done:
+        found = [Candidates.after(beam) for beam in beams]
+        chosen = search.advance(
+            np.stack([candidates.top_token_ids for candidates in found]),
+            np.stack([candidates.top_logprobs for candidates in found]),
+        )
+        beams = [[*beams[parent], token] for parent, token in chosen]
+    return [hypothesis.token_ids for hypothesis in search.results(width)]
 
 
 def contents(token_ids: list[int]) -> list[int]:
@@ -125,6 +163,10 @@ class SimulatedDevice:
             if samples:
                 assert end == len(self.tokens[seq])
                 assert end < seq.max_length
+                if seq.request.is_beam_search:
+                    assert not uses_pending
+                    sampled.append((seq, Candidates.after(self.tokens[seq])))
+                    continue
                 token = self.sample(seq)
                 self.tokens[seq].append(token)
                 self.last_tokens[row] = token
@@ -142,7 +184,8 @@ class SimulatedDevice:
         """All that is computed of the running sequences is where their tables say."""
         for row, seq in self.owners.items():
             if seq.row == row:
-                assert self.tables[row] == seq.block_ids
+                # The table of a beam that has moved goes with its next step.
+                assert seq.has_new_table or self.tables[row] == seq.block_ids
                 self.check_contents(seq, seq.block_ids, seq.num_computed_tokens)
 
     def sample(self, seq: Sequence) -> int:
@@ -171,25 +214,33 @@ class Run:
         self.device = SimulatedDevice(self.scheduler)
         self.unread: list[Sampled] = []
         self.requests: list[Request] = []
+        self.searches: dict[Request, BeamOutputs] = {}
         self.num_added = 0
+        self.num_searched = 0
 
     def add(
         self,
         num_prompt_tokens: int,
         max_tokens: int,
         n: int,
-        priority: int,
-        salt: str | None,
+        priority: int = 0,
+        salt: str | None = None,
         skip_cache: bool = False,
+        beams: bool = False,
     ) -> None:
         prompt = [i % 2 for i in range(num_prompt_tokens)]
+        params = SamplingParams(n=n, max_tokens=max_tokens)
+        if beams:
+            params = SamplingParams(n=n, max_tokens=max_tokens, use_beam_search=True, temperature=0)
         request = Request(
             f"r{self.num_added}",
             prompt,
-            SamplingParams(n=n, max_tokens=max_tokens),
+            params,
             priority=priority,
             cache_salt=salt,
             skip_prefix_cache=skip_cache,
+            eos_token_ids=(EOS,),
+            is_beam_search=beams,
         )
         self.num_added += 1
         try:
@@ -202,6 +253,11 @@ class Run:
             assert num_blocks > manager.num_usable_blocks or n > self.scheduler.config.max_num_seqs
             return
         self.requests.append(request)
+        if beams:
+            max_tokens = min(max_tokens, MAX_MODEL_LEN - num_prompt_tokens)
+            self.searches[request] = BeamOutputs(
+                request, params, None, max_tokens=max_tokens, num_logprobs=BEAM_CANDIDATES
+            )
 
     def schedule(self) -> None:
         scheduler = self.scheduler
@@ -213,6 +269,8 @@ class Run:
             if seq.length < seq.max_length
         }
         output = scheduler.schedule()
+        for request in {seq.request for seq in output.preempted if seq.request.is_beam_search}:
+            self.settle(request)
         assert output.num_batched_tokens <= scheduler.config.max_num_batched_tokens
         scheduled = set(output.seqs)
         assert len(scheduled) == len(output.seqs)
@@ -222,7 +280,16 @@ class Run:
         self.unread.append(self.device.run(output))
 
     def read(self) -> None:
-        for seq, token in self.unread.pop(0):
+        brought = self.unread.pop(0)
+        for seq, candidates in brought:
+            if isinstance(candidates, Candidates) and not seq.is_finished:
+                self.searches[seq.request].take(seq, candidates)
+        for request in {seq.request for seq, _ in brought if seq.request.is_beam_search}:
+            if not request.is_finished:
+                self.settle(request)
+        for seq, token in brought:
+            if isinstance(token, Candidates):
+                continue
             was_finished = seq.is_finished
             assert self.scheduler.append_token(seq, token) is not was_finished
             if was_finished:
@@ -231,6 +298,18 @@ class Run:
                 self.scheduler.finish_sequence(seq, "stop", stop_reason=EOS)
             elif len(seq.token_ids) >= seq.max_length:
                 self.scheduler.finish_sequence(seq, "length")
+
+    def settle(self, request: Request) -> None:
+        search = self.searches[request]
+        if search.settle(self.scheduler):
+            assert request.is_finished
+            found = [hypothesis.token_ids for hypothesis in search.search.results(99)]
+            max_tokens = request.sampling_params.max_tokens or 0
+            max_tokens = min(max_tokens, MAX_MODEL_LEN - len(request.prompt_token_ids))
+            assert found == search_alone(request, max_tokens)
+            self.num_searched += 1
+        for seq in request.unfinished:
+            self.device.tokens[seq] = list(seq.token_ids)
 
     def check(self) -> None:
         self.scheduler.check_invariants()
@@ -245,7 +324,9 @@ class Run:
         """Steps as the engine does, one result late, until everything has ended."""
         # The first request runs alone at worst, a token a step after its prompt.
         bound = 20 + sum(
-            3 * seq.max_length for request in self.requests for seq in request.unfinished
+            6 * MAX_MODEL_LEN if request.is_beam_search else 3 * seq.max_length
+            for request in self.requests
+            for seq in request.unfinished
         )
         for _ in range(bound):
             if not self.scheduler.has_unfinished():
@@ -295,9 +376,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(0, 2),
         salt=st.sampled_from([None, None, None, "a"]),
         skip_cache=st.sampled_from([False, False, True]),
+        beams=st.booleans(),
     )
-    def add(self, num_prompt_tokens, max_tokens, n, priority, salt, skip_cache) -> None:
-        self.run.add(num_prompt_tokens, max_tokens, n, priority, salt, skip_cache)
+    def add(self, num_prompt_tokens, max_tokens, n, priority, salt, skip_cache, beams) -> None:
+        self.run.add(num_prompt_tokens, max_tokens, n, priority, salt, skip_cache, beams and n > 1)
 
     @precondition(lambda self: len(self.run.unread) < 3)
     @rule()
@@ -323,11 +405,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         is_unfinished = not request.is_finished
         assert self.run.scheduler.abort_request(request.request_id) is is_unfinished
 
-    @precondition(lambda self: self.run.scheduler.has_unfinished())
     @rule(number=st.integers(0, 99))
     def stop(self, number: int) -> None:
-        seqs = [seq for request in self.run.requests for seq in request.unfinished]
-        assert self.run.scheduler.finish_sequence(seqs[number % len(seqs)], "stop")
+        requests = [request for request in self.run.requests if not request.is_beam_search]
+        seqs = [seq for request in requests for seq in request.unfinished]
+        if seqs:
+            assert self.run.scheduler.finish_sequence(seqs[number % len(seqs)], "stop")
 
     @invariant()
     def nothing_is_broken(self) -> None:
@@ -358,13 +441,15 @@ def test_long_random_run_reads_only_its_own_tokens(policy, caching):
     )
     for _ in range(2000):
         if run.scheduler.num_waiting < 6:
+            n = rng.choice([1, 1, 2, 3])
             run.add(
                 rng.randint(1, 24),
                 rng.randint(1, 16),
-                rng.choice([1, 1, 2, 3]),
+                n,
                 rng.randint(0, 1),
                 None,
                 rng.random() < 0.2,
+                beams=n > 1 and rng.random() < 0.5,
             )
         if rng.random() < 0.05:
             run.scheduler.abort_request(rng.choice(run.requests).request_id)
@@ -379,6 +464,7 @@ def test_long_random_run_reads_only_its_own_tokens(policy, caching):
     assert (stats.blocks.prefix_hit_tokens > 100) is caching
     assert (stats.blocks.evictions > 100) is caching
     assert min(run.device.num_forks, run.device.num_copies) > 100
+    assert run.num_searched > 50
     run.finish()
 
 
