@@ -126,6 +126,7 @@ def _result(job: _Job, output: Any) -> dict[str, Any]:
             "stop_reason": part.stop_reason,
         }
         | ({"logprobs": _positions(part.logprobs)} if with_logprobs else {})
+        | ({"score": part.score} if job.params.use_beam_search else {})
         for part in output.outputs
     ]
     if output.prompt_logprobs is not None:

@@ -36,11 +36,12 @@ def sampling_options(args: argparse.Namespace, **defaults: object) -> dict[str, 
 
 
 def sampling_params(options: Mapping[str, Any], *, delta: bool) -> SamplingParams:
-    """Checked sampling parameters.
+    """Checked sampling parameters; those of beam search are greedy unless they say otherwise.
 
     Args:
         options: Fields of `SamplingParams` by name.
-        delta: Whether each output carries only what is new, or all at the end.
+        delta: Whether each output carries only what is new, or all at the end; beam search has
+            nothing to tell before.
 
     Raises:
         ValueError: A field does not exist here, or its value is not allowed.
@@ -50,6 +51,8 @@ def sampling_params(options: Mapping[str, Any], *, delta: bool) -> SamplingParam
         raise ValueError(
             f"unknown field {unknown[0]!r}; sampling fields: {', '.join(sorted(known))}"
         )
+    if options.get("use_beam_search") is True:
+        delta, options = False, {"temperature": 0.0, **options}
     kind = RequestOutputKind.DELTA if delta else RequestOutputKind.FINAL_ONLY
     return SamplingParams(**options, output_kind=kind)
 

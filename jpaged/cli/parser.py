@@ -168,10 +168,10 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 def _add_sampling(command, *, max_tokens: int, temperature: float, with_n: bool) -> None:
     group = command.add_argument_group("sampling")
 
-    def add(flag: str, text: str, default: object = None, **options) -> None:
+    def add(flag: str, text: str, default: object = None, *, dest: str = "", **options) -> None:
         shown = "" if default is None else f" (default: {default})"
-        dest = SAMPLING_PREFIX + flag.removeprefix("--").replace("-", "_")
-        group.add_argument(flag, dest=dest, help=text + shown, **options)
+        name = dest or flag.removeprefix("--").replace("-", "_")
+        group.add_argument(flag, dest=SAMPLING_PREFIX + name, help=text + shown, **options)
 
     add("--max-tokens", "most tokens to generate", max_tokens, type=int, metavar="N")
     add("--min-tokens", "no end or stop token before this many", 0, type=int, metavar="N")
@@ -199,6 +199,7 @@ def _add_sampling(command, *, max_tokens: int, temperature: float, with_n: bool)
             type=int,
             metavar="N",
         )
+        _add_beam_search(add)
     add("--presence-penalty", "for tokens already generated", 0.0, type=float, metavar="X")
     add("--frequency-penalty", "the same for each time they were", 0.0, type=float, metavar="X")
     add("--repetition-penalty", "factor for tokens seen so far", 1.0, type=float, metavar="X")
@@ -206,6 +207,25 @@ def _add_sampling(command, *, max_tokens: int, temperature: float, with_n: bool)
     add("--stop-token-ids", "end at these tokens", type=_token_ids, metavar="ID,ID,...")
     add("--bad-words", "never write this; may be repeated", action="append", metavar="TEXT")
     add("--ignore-eos", "go on after the model's end token", action="store_const", const=True)
+
+
+def _add_beam_search(add) -> None:
+    add(
+        "--use-beam-search",
+        "find the likeliest texts instead of sampling; shown when it is done",
+        action="store_const",
+        const=True,
+    )
+    add("--beam-width", "beams to follow (default: --n)", dest="best_of", type=int, metavar="K")
+    add("--length-penalty", "above 0 favours long texts", 1.0, type=float, metavar="X")
+    add(
+        "--early-stopping",
+        "once K texts are complete: True stops, False goes on while one may become better, never "
+        "looks for it longer",
+        False,
+        type=_early_stopping,
+        metavar="WHEN",
+    )
 
 
 def _add_engine(command, *, for_requests: bool = True) -> None:
@@ -280,6 +300,13 @@ def _token_ids(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(
             f"must be integers separated by commas, got {text!r}"
         ) from None
+
+
+def _early_stopping(text: str) -> bool | str:
+    values = {"false": False, "true": True, "never": "never"}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"must be True, False or never, got {text!r}")
+    return values[text.lower()]
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}

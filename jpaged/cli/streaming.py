@@ -76,7 +76,7 @@ def stream(
     Args:
         llm: The engine.
         prompt: In a form that the engine takes.
-        params: With output kind DELTA.
+        params: With output kind DELTA, or of beam search.
         on_text: Called with each new piece of text if `params.n` is 1.
         interrupted: Asked after each step; once true, the request is aborted.
     """

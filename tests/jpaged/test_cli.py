@@ -70,7 +70,8 @@ class FakeLLM:
             raise ValueError("prompt must be at most 8 tokens, got 9")
 
     def stream(self, prompt, params):
-        assert params.output_kind is RequestOutputKind.DELTA
+        kind = RequestOutputKind.FINAL_ONLY if params.use_beam_search else RequestOutputKind.DELTA
+        assert params.output_kind is kind
         self.requests.append((prompt, params))
         finished = False
         try:
@@ -194,6 +195,15 @@ def test_options_are_fields_and_help_names_their_defaults(command, kind):
         (["generate", "hi", "--temperature", "-1"], "temperature must be a finite number >= 0"),
         (["generate", "hi", "--top-p", "1.5"], "top_p must be in (0, 1], got 1.5"),
         (["generate", "hi", "--n", "0"], "n must be at least 1, got 0"),
+        (["generate", "hi", "--beam-width", "4"], "best_of needs use_beam_search=True, got 4"),
+        (
+            ["generate", "hi", "--use-beam-search", "--beam-width", "2", "--n", "3"],
+            "n must be at most best_of=2 (the beam width), got 3",
+        ),
+        (
+            ["generate", "hi", "--use-beam-search", "--temperature", "1"],
+            "temperature must be 0 with use_beam_search=True, got 1.0",
+        ),
         (["generate", "hi", "--max-tokens", "-3"], "max_tokens must be at least 1"),
         (["generate", "hi", "--logprobs", "2"], "--logprobs needs -o FILE"),
         (["generate", "hi", "--watch"], "--watch draws on standard error, which must be a"),
@@ -226,6 +236,7 @@ def test_bad_engine_option_is_one_line(capsys):
         (["generate", "hi", "--stop-token-ids", "1,x"], "must be integers separated by commas"),
         (["generate", "hi", "--kv-cache-memory-bytes", "2 bananas"], "must be like 2GiB"),
         (["generate", "hi", "--temp", "0"], "unrecognized arguments"),
+        (["generate", "hi", "--early-stopping", "no"], "must be True, False or never, got 'no'"),
     ],
 )
 def test_unusable_argument_is_refused(arguments, message, capsys):
@@ -339,6 +350,23 @@ def test_piped_prompt_is_read(llms, stdin):
 def test_several_continuations_are_shown_one_after_another(llms, capsys):
     assert cli.main(["generate", "Who?", "--n", "2", "-q"]) == 0
     assert capsys.readouterr().out == "--- 1 of 2\nHello wörld!\n--- 2 of 2\nHello wörld!\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "early_stopping"), [("True", True), ("false", False), ("never", "never")]
+)
+def test_beam_search_flags_arrive(text, early_stopping, llms):
+    flags = f"--use-beam-search --beam-width 4 --length-penalty 0.5 --early-stopping {text}"
+    assert cli.main(["generate", "Who?", *flags.split()]) == 0
+    assert llms[0].requests[0][1] == SamplingParams(
+        use_beam_search=True,
+        best_of=4,
+        length_penalty=0.5,
+        early_stopping=early_stopping,
+        temperature=0,
+        max_tokens=256,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 def test_every_sampling_flag_arrives(llms):
