@@ -6,6 +6,11 @@ keeps its content and its entry in the map of hashes until it is handed out agai
 block, is neither: padding points at it.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 class Block:
     """One block's bookkeeping; an element of the free queue while it is free."""
@@ -94,6 +99,7 @@ class BlockPool:
         num_evictions: cached blocks handed out again so far.
         num_shared: blocks with more than one reference.
         num_references: references of all blocks together.
+        on_evict: told id and hash of each cached block that is about to be handed out again.
     """
 
     NULL_BLOCK = 0
@@ -118,6 +124,7 @@ class BlockPool:
         self.num_evictions = 0
         self.num_shared = 0
         self.num_references = 0
+        self.on_evict: Callable[[int, bytes], None] | None = None
         self._free = FreeBlockQueue()
         for block in self.blocks[1:]:
             self._free.append(block)
@@ -145,6 +152,8 @@ class BlockPool:
         for _ in range(num_blocks):
             block = self._free.pop_left()
             if block.block_hash is not None:
+                if self.on_evict is not None:
+                    self.on_evict(block.block_id, block.block_hash)
                 del self.cached[block.block_hash]
                 block.block_hash = None
                 self.num_evictions += 1
