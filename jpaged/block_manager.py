@@ -1,4 +1,4 @@
-"""Which blocks each sequence owns: allocation, sharing, copy-on-write, release, and counters.
+"""Which blocks each sequence owns: allocation, sharing, copy-on-write, swap, release, and counters.
 
 Owns the block tables (`Sequence.block_ids`) and the fields of a sequence that say what is in them.
 Knows nothing of budgets, rows or order. Running out of blocks is a value (None), not an error. All
@@ -11,9 +11,11 @@ never written again, except with the content it already stands for.
 """
 
 import dataclasses
+import sys
 from typing import TYPE_CHECKING
 
 from jpaged.block_pool import BlockPool
+from jpaged.host_tier import HostTier
 from jpaged.prefix_cache import PrefixCache, hash_block, root_hash
 
 if TYPE_CHECKING:
@@ -42,6 +44,12 @@ class BlockStats:
         prefix_queried_tokens: tokens looked up in the prefix cache when their sequences were first
             admitted.
         prefix_hit_tokens: how many of those were found.
+        host_blocks: blocks of the host pool.
+        host_used: those that swapped-out sequences own.
+        host_cached: those findable by content, used or not.
+        host_hits: blocks that the prefix cache found on the host and brought back.
+        swapped_out: blocks copied to the host.
+        swapped_in: blocks copied from there.
     """
 
     num_blocks: int
@@ -57,6 +65,12 @@ class BlockStats:
     evictions: int
     prefix_queried_tokens: int
     prefix_hit_tokens: int
+    host_blocks: int
+    host_used: int
+    host_cached: int
+    host_hits: int
+    swapped_out: int
+    swapped_in: int
 
 
 class BlockManager:
@@ -67,13 +81,21 @@ class BlockManager:
         pool: the blocks.
         prefix_cache: lookup and registration by content.
         num_copies: blocks copied on write so far.
+        host: where blocks are swapped to, if anywhere.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True
+        self,
+        num_blocks: int,
+        block_size: int,
+        enable_prefix_caching: bool = True,
+        *,
+        num_host_blocks: int = 0,
+        host_cache: bool = False,
     ) -> None:
         self.block_size = block_size
         self.pool = BlockPool(num_blocks, block_size)
+        self.host = HostTier(self.pool, num_host_blocks, host_cache) if num_host_blocks else None
         self.prefix_cache = PrefixCache(self.pool, enable_prefix_caching)
         self.num_copies = 0
         # Copies not yet taken by the scheduler: destination -> source. A destination is copied to
@@ -81,6 +103,8 @@ class BlockManager:
         self._copies: dict[int, int] = {}
         # Sequences that own blocks. A dict, for its order and O(1) removal.
         self._live: dict[Sequence, None] = {}
+        # Sequences that own host blocks instead.
+        self._swapped: dict[Sequence, None] = {}
 
     @property
     def num_free_blocks(self) -> int:
@@ -97,12 +121,22 @@ class BlockManager:
         """Sequences that own blocks, those that got their first ones earliest first."""
         return self._live
 
+    @property
+    def num_swapped_seqs(self) -> int:
+        """Sequences whose blocks are on the host."""
+        return len(self._swapped)
+
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens of one sequence need."""
         return -(-num_tokens // self.block_size)
 
     def get_cached_prefix(self, seq: "Sequence") -> list[int]:
-        """Ids of cached blocks that a sequence without blocks can start from; takes nothing yet."""
+        """Ids of cached blocks that a sequence without blocks can start from; takes nothing yet.
+
+        Cached blocks that have gone to the host come back for this.
+        """
+        if self.host is not None and self.host.pool.keeps_content:
+            self.host.fetch(self.prefix_cache.hashes_to_look_up(seq))
         return self.prefix_cache.lookup(seq)
 
     def get_shared_prefix(self, source: "Sequence", seq: "Sequence", num_blocks: int) -> list[int]:
@@ -115,7 +149,7 @@ class BlockManager:
         assert source.num_computed_tokens >= num_blocks * self.block_size, (
             f"{source} has not computed {num_blocks} blocks"
         )
-        return source.block_ids[:num_blocks] + self.prefix_cache.lookup(seq)[num_blocks:]
+        return source.block_ids[:num_blocks] + self.get_cached_prefix(seq)[num_blocks:]
 
     def allocate_slots(
         self, seq: "Sequence", num_new_tokens: int, cached_block_ids: "ReadOnlyList[int]" = ()
@@ -218,6 +252,86 @@ class BlockManager:
         seq.register_at = 0
         del self._live[seq]
 
+    def swap_out(self, seqs: "ReadOnlyList[Sequence]") -> bool:
+        """Moves all blocks of a group to the host; False, and no effect, for lack of room there.
+
+        What its sequences share they go on sharing. Their computed tokens stay computed; tokens
+        that are pending arrive as usual.
+        """
+        if self.host is None:
+            return False
+        holders = [seq for seq in seqs if seq.block_ids]
+        assert not any(block_id in self._copies for seq in holders for block_id in seq.block_ids), (
+            f"swapped out before its copies are made: {holders}"
+        )
+        tables = self.host.store([seq.block_ids for seq in holders])
+        if tables is None:
+            return False
+        for seq, table in zip(holders, tables, strict=True):
+            num_computed_tokens = seq.num_computed_tokens
+            self.free(seq)
+            seq.host_block_ids = table
+            seq.num_computed_tokens = num_computed_tokens
+            seq.register_at = sys.maxsize
+            self._swapped[seq] = None
+        return True
+
+    def num_blocks_to_swap_in(self, seqs: "ReadOnlyList[Sequence]") -> int:
+        """Free blocks that a swapped-out group needs to come back and compute all known tokens."""
+        assert self.host is not None, "nothing can have been swapped out"
+        tables = [seq.host_block_ids for seq in seqs]
+        num_shared = seqs[0].num_prompt_tokens // self.block_size
+        num_blocks = self.host.num_blocks_to_load(tables)
+        num_blocks += max(0, num_shared - max(map(len, tables)))
+        partly_filled: set[int] = set()
+        for seq, table in zip(seqs, tables, strict=True):
+            num_known = self.num_blocks_for(len(seq.token_ids))
+            num_blocks += max(0, num_known - max(num_shared, len(table)))
+            if seq.num_computed_tokens % self.block_size:
+                num_blocks += table[-1] in partly_filled  # to be copied on the next write
+                partly_filled.add(table[-1])
+        return num_blocks
+
+    def swap_in(self, seqs: "ReadOnlyList[Sequence]") -> bool:
+        """Moves a group's blocks back; False, and no effect, for lack of room."""
+        assert self.host is not None, "nothing can have been swapped out"
+        holders = [seq for seq in seqs if seq.host_block_ids]
+        tables = self.host.load([seq.host_block_ids for seq in holders])
+        if tables is None:
+            return False
+        for seq, table in zip(holders, tables, strict=True):
+            seq.host_block_ids = []
+            seq.block_ids.extend(table)
+            del self._swapped[seq]
+            self._live[seq] = None
+        size, blocks = self.block_size, self.pool.blocks
+        for seq in holders:
+            unwritten = seq.block_ids[seq.num_computed_tokens // size :]
+            is_shared = any(blocks[block_id].ref_count > 1 for block_id in unwritten)
+            seq.num_writable_slots = (
+                seq.num_computed_tokens if is_shared else len(seq.block_ids) * size
+            )
+            self.prefix_cache.register(seq)
+        return True
+
+    def free_swapped(self, seq: "Sequence") -> None:
+        """Takes back all host blocks of a sequence, if any; nothing counts as computed then."""
+        if not seq.host_block_ids:
+            return
+        assert self.host is not None, "nothing can have been swapped out"
+        self.host.free(seq.host_block_ids)
+        seq.host_block_ids = []
+        seq.num_computed_tokens = 0
+        seq.register_at = 0
+        del self._swapped[seq]
+
+    def take_swaps(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Takes the (source, destination) pairs to the host, and those from there, of a step.
+
+        They are to be copied in this order, and before the step's own copies.
+        """
+        return ([], []) if self.host is None else self.host.take()
+
     def take_copies(self) -> list[tuple[int, int]]:
         """Takes the (source, destination) pairs of the next step, all reads before all writes.
 
@@ -253,6 +367,7 @@ class BlockManager:
             evictions=pool.num_evictions,
             prefix_queried_tokens=self.prefix_cache.num_queried_tokens,
             prefix_hit_tokens=self.prefix_cache.num_hit_tokens,
+            **self._host_stats(),
         )
 
     def check_invariants(self) -> None:
@@ -292,6 +407,24 @@ class BlockManager:
         assert counts == owners, f"ref counts != table occurrences: {counts} != {owners}"
         for dst in self._copies:
             assert counts[dst] > 0, f"block {dst} is a copy's destination but free"
+        for seq in self._swapped:
+            assert seq.host_block_ids, f"swapped-out sequences own host blocks: {seq}"
+            assert not seq.block_ids, f"swapped out, but {seq}"
+            num_blocks = self.num_blocks_for(seq.num_computed_tokens)
+            assert len(seq.host_block_ids) == num_blocks, f"{seq.host_block_ids} of {seq}"
+        if self.host is not None:
+            self.host.check_invariants(seq.host_block_ids for seq in self._swapped)
+
+    def _host_stats(self) -> dict[str, int]:
+        host = self.host
+        return {
+            "host_blocks": 0 if host is None else host.pool.num_usable_blocks,
+            "host_used": 0 if host is None else host.pool.num_used_blocks,
+            "host_cached": 0 if host is None else len(host.pool.cached),
+            "host_hits": 0 if host is None else host.num_fetched,
+            "swapped_out": 0 if host is None else host.num_swapped_out,
+            "swapped_in": 0 if host is None else host.num_swapped_in,
+        }
 
     def _replace(self, block_ids: list[int], index: int, new_id: int, holds_tokens: bool) -> None:
         old_id = block_ids[index]

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 SchedulingPolicy = Literal["fcfs", "priority"]
+PreemptionMode = Literal["recompute", "swap", "auto"]
 
 
 def check_at_least(name: str, value: int, minimum: int) -> None:
@@ -29,14 +30,21 @@ class CacheConfig:
         num_blocks: blocks of the pool, the null block (id 0) included.
         block_size: tokens a block holds.
         enable_prefix_caching: whether full blocks are kept and shared by their content.
+        num_host_blocks: blocks on the host, for what is swapped out; 0 for none.
+        host_cache: whether cached blocks that are evicted from the pool are kept on the host.
     """
 
     num_blocks: int
     block_size: int = 16
     enable_prefix_caching: bool = True
+    num_host_blocks: int = 0
+    host_cache: bool = False
 
     def __post_init__(self) -> None:
         check_at_least("num_blocks", self.num_blocks, 2)
+        check_at_least("num_host_blocks", self.num_host_blocks, 0)
+        if self.host_cache and not (self.enable_prefix_caching and self.num_host_blocks):
+            raise ValueError("host_cache needs enable_prefix_caching and num_host_blocks")
         if self.block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size!r}")
 

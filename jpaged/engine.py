@@ -23,6 +23,7 @@ from jpaged.model_runner import ModelRunner, StepHandle, StepResult
 from jpaged.models.loader import load_model
 from jpaged.output_processor import RequestOutputs
 from jpaged.outputs import RequestOutput
+from jpaged.preemption import PreemptionPolicy
 from jpaged.prompts import Prompt, parse_prompt
 from jpaged.request import Request
 from jpaged.sampling_params import SamplingParams
@@ -47,6 +48,11 @@ class EngineStats:
     num_compilations_after_warmup: int
     host_time_s: float
     """Seconds spent on scheduling and filling inputs, over all steps."""
+    block_copy_s: float | None
+    """Running average of what copying a block from the host takes; under
+    `preemption_mode="auto"`, once one was."""
+    prefill_token_s: float | None
+    """Running average of what a token takes in a step with prompts; the same."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -74,7 +80,14 @@ class Engine:
             jax.default_backend(), loaded.config.max_position_embeddings
         )
         self.max_model_len = scheduler_config.max_model_len
-        self.runner = ModelRunner(loaded, config, scheduler_config)
+        self.preemption = PreemptionPolicy(config.preemption_mode)
+        self._is_timed = config.preemption_mode == "auto"
+        self.runner = ModelRunner(
+            loaded,
+            config,
+            scheduler_config,
+            on_copy_in=self.preemption.note_copies if self._is_timed else None,
+        )
         self.tokenizer: Tokenizer | None = None
         if not config.skip_tokenizer_init:
             self.tokenizer = load_tokenizer(config.tokenizer or loaded.source)
@@ -88,15 +101,20 @@ class Engine:
         self._num_generated_tokens = 0
         self._num_discarded_tokens = 0
         self._host_time_s = 0.0
+        self._last_result_s = 0.0
         self._finished_early: list[RequestOutput] = []
         self._is_shut_down = False
 
     def _start_scheduler(self, scheduler_config: SchedulerConfig) -> None:
-        cache = self.config.cache_config(self.runner.num_blocks)
+        cache = self.config.cache_config(self.runner.num_blocks, self.runner.num_host_blocks)
         self.block_manager = BlockManager(
-            cache.num_blocks, cache.block_size, cache.enable_prefix_caching
+            cache.num_blocks,
+            cache.block_size,
+            cache.enable_prefix_caching,
+            num_host_blocks=cache.num_host_blocks,
+            host_cache=cache.host_cache,
         )
-        self.scheduler = Scheduler(scheduler_config, self.block_manager)
+        self.scheduler = Scheduler(scheduler_config, self.block_manager, self.preemption)
 
     # Requests.
 
@@ -210,6 +228,8 @@ class Engine:
         """Dispatches the next step and returns what the one before it brought."""
         start = time.perf_counter()
         scheduled = self.scheduler.schedule()
+        if scheduled.swap_outs or scheduled.swap_ins:
+            self.runner.swap(scheduled)
         if scheduled.preempted:
             self._settle_beams({seq.request for seq in scheduled.preempted})
         if not scheduled.is_empty:
@@ -219,8 +239,20 @@ class Engine:
         depth = 1 if self.config.async_scheduling and not scheduled.is_empty else 0
         while len(self._in_flight) > depth:
             handle = self._in_flight.popleft()
-            outputs += self._process(handle.scheduled, handle.result())
+            result = handle.result()
+            if self._is_timed:
+                self._note_time(handle)
+            outputs += self._process(handle.scheduled, result)
         return outputs
+
+    def _note_time(self, handle: StepHandle) -> None:
+        """Measures a step that has just ended, if it was one with prompts."""
+        now, scheduled = time.perf_counter(), handle.scheduled
+        if scheduled.num_batched_tokens > scheduled.num_decodes:
+            # It began when it was dispatched or, if that was later, when the one before had ended.
+            seconds = now - max(handle.dispatched_s, self._last_result_s)
+            self.preemption.note_prefill(scheduled.num_batched_tokens, seconds)
+        self._last_result_s = now
 
     def _dispatch(self, scheduled: SchedulerOutput) -> StepHandle:
         for seq in scheduled.admitted:
@@ -307,6 +339,8 @@ class Engine:
             num_discarded_tokens=self._num_discarded_tokens,
             num_compilations_after_warmup=self.runner.plan.num_on_demand,
             host_time_s=self._host_time_s,
+            block_copy_s=self.preemption.seconds_per_block,
+            prefill_token_s=self.preemption.seconds_per_token,
         )
 
     def reset(self) -> None:

@@ -4,9 +4,11 @@ import dataclasses
 import difflib
 from typing import Any, Literal, get_args
 
+from jpaged import platform
 from jpaged.config import (
     BLOCK_SIZES,
     CacheConfig,
+    PreemptionMode,
     SchedulerConfig,
     SchedulingPolicy,
     check_at_least,
@@ -18,11 +20,14 @@ LoadFormat = Literal["auto", "dummy"]
 
 # On a CPU the pool shares memory with everything else, so it is small unless asked for.
 DEFAULT_CPU_CACHE_BYTES = 1 << 30
+DEFAULT_SWAP_SPACE = 4.0
+"""GiB of host memory for swapping, or a quarter of it where that is less."""
 DEFAULT_BUDGETS = {"cpu": (32, 512), "gpu": (256, 8192), "tpu": (256, 2048)}
 """Backend to default (max_num_seqs, max_num_batched_tokens)."""
 _SWITCHES = (
     "skip_tokenizer_init",
     "enable_prefix_caching",
+    "host_cache",
     "async_scheduling",
     "strict_compilation",
 )
@@ -52,6 +57,12 @@ class EngineConfig:
         kv_cache_memory_bytes: Bytes of the pool, instead of sizing it by `memory_utilization`.
         memory_utilization: Share of an accelerator's memory for weights, step and pool together.
         enable_prefix_caching: Whether full blocks are kept and shared by content.
+        preemption_mode: How running sequences make room for older ones: "recompute" forgets their
+            blocks, "swap" moves them to the host while it has room, "auto" swaps groups of several
+            sequences, and others where copying was measured to take less time than computing.
+        swap_space: GiB of host memory for swapped and cached blocks; 4, or a quarter of the host's
+            memory where that is less, if it is needed and None.
+        host_cache: Whether cached blocks that are evicted from the pool are kept in `swap_space`.
         max_logprobs: Largest `logprobs` and `prompt_logprobs` of a request; -1 for the vocabulary,
             0 leaves log-probabilities out of the compiled step.
         async_scheduling: Whether a step is dispatched before the one before it has been read.
@@ -79,6 +90,9 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
+    preemption_mode: PreemptionMode = "recompute"
+    swap_space: float | None = None
+    host_cache: bool = False
     max_logprobs: int = 20
     async_scheduling: bool = True
     compilation: Compilation = "background"
@@ -91,6 +105,7 @@ class EngineConfig:
             ("dtype", get_args(DType)),
             ("policy", get_args(SchedulingPolicy)),
             ("block_size", BLOCK_SIZES),
+            ("preemption_mode", get_args(PreemptionMode)),
             ("compilation", get_args(Compilation)),
         ):
             if getattr(self, name) not in choices:
@@ -117,6 +132,37 @@ class EngineConfig:
             raise ValueError("num_blocks and kv_cache_memory_bytes exclude each other, got both")
         if self.strict_compilation and self.compilation == "lazy":
             raise ValueError('strict_compilation needs compilation="background" or "eager"')
+        if self.host_cache and not self.enable_prefix_caching:
+            raise ValueError("host_cache needs enable_prefix_caching=True")
+        if self.swap_space is not None:
+            self._check_swap_space(self.swap_space)
+
+    def _check_swap_space(self, swap_space: float) -> None:
+        host = platform.host_memory_bytes() / 2**30
+        is_number = isinstance(swap_space, (int, float)) and not isinstance(swap_space, bool)
+        if not is_number or not 0.0 < swap_space <= host:
+            raise ValueError(
+                "swap_space must be GiB in (0, the host's memory], got "
+                f"swap_space={swap_space!r} with {host:.1f} GiB of host memory"
+            )
+        if not self.swaps:
+            raise ValueError(
+                'swap_space needs preemption_mode="swap" or "auto", or host_cache=True'
+            )
+
+    @property
+    def swaps(self) -> bool:
+        """Whether blocks may move to the host."""
+        return self.preemption_mode != "recompute" or self.host_cache
+
+    @property
+    def swap_bytes(self) -> int:
+        """Bytes of host memory for blocks; 0 where nothing is ever swapped."""
+        if not self.swaps:
+            return 0
+        if self.swap_space is not None:
+            return int(self.swap_space * 2**30)
+        return min(int(DEFAULT_SWAP_SPACE * 2**30), platform.host_memory_bytes() // 4)
 
     @classmethod
     def from_options(cls, **options: Any) -> "EngineConfig":
@@ -159,10 +205,12 @@ class EngineConfig:
             long_prefill_token_threshold=self.long_prefill_token_threshold,
         )
 
-    def cache_config(self, num_blocks: int) -> CacheConfig:
+    def cache_config(self, num_blocks: int, num_host_blocks: int = 0) -> CacheConfig:
         """The block pool's part."""
         return CacheConfig(
             num_blocks=num_blocks,
             block_size=self.block_size,
             enable_prefix_caching=self.enable_prefix_caching,
+            num_host_blocks=num_host_blocks,
+            host_cache=self.host_cache,
         )

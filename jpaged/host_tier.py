@@ -13,6 +13,8 @@ from jpaged.block_pool import BlockPool
 from jpaged.host_pool import HostBlockPool
 
 Tables = list[list[int]]
+Copies = list[tuple[int, int]]
+"""Pairs of source and destination."""
 
 
 class HostTier:
@@ -36,7 +38,7 @@ class HostTier:
         self.num_swapped_in = 0
         self.num_fetched = 0
         self._device_pool = device_pool
-        self._outs: list[tuple[int, int]] = []
+        self._outs: Copies = []
         # Destination to source: a block that is handed out again gets only the last content.
         self._ins: dict[int, int] = {}
         # Host blocks, with repetitions, that must not change before the queued copies are made.
@@ -86,7 +88,7 @@ class HostTier:
         """Drops a swapped-out sequence's references to its host blocks."""
         self.pool.free(table)
 
-    def fetch(self, hashes: list[bytes]) -> None:
+    def fetch(self, hashes: Iterable[bytes]) -> None:
         """Brings what the host has of a chain of hashes back into the device's prefix cache.
 
         Up to the first block that neither has, and while there is room; then it is for whoever
@@ -94,7 +96,7 @@ class HostTier:
         """
         device = self._device_pool
         run: list[int] = []
-        copies: list[tuple[int, int]] = []
+        copies: Copies = []
         for block_hash in hashes:
             block_id, place = device.cached.get(block_hash), self.pool.cached.get(block_hash)
             if block_id is None and place is None:
@@ -117,8 +119,8 @@ class HostTier:
         self.num_fetched += len(copies)
         device.free(run)
 
-    def take(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """Takes the queued copies, each (source, destination): to the host, and then from there."""
+    def take(self) -> tuple[Copies, Copies]:
+        """Takes the queued copies: those to the host, and those from there, in this order."""
         if not (self._outs or self._ins or self._reading):
             return [], []
         outs, ins = self._outs, [(place, block_id) for block_id, place in self._ins.items()]
@@ -167,9 +169,7 @@ def _unique(tables: Tables) -> dict[int, None]:
     return dict.fromkeys(chain.from_iterable(tables))
 
 
-def _move(
-    tables: Tables, source: BlockPool, target: BlockPool
-) -> tuple[Tables, list[tuple[int, int]]] | None:
+def _move(tables: Tables, source: BlockPool, target: BlockPool) -> tuple[Tables, Copies] | None:
     """Tables of the target pool equal to tables of the source, and the copies that takes.
 
     A block that occurs in several tables is moved once and has as many references afterwards. A

@@ -63,6 +63,24 @@ def num_blocks(
     return blocks
 
 
+def num_host_blocks(config: EngineConfig, spec: KVCacheSpec, *, num_layers: int) -> int:
+    """Blocks of the host pool; 0 where nothing is ever swapped.
+
+    Raises:
+        ValueError: `swap_space` does not hold a single block.
+    """
+    if not config.swaps:
+        return 0
+    block_bytes = spec.block_bytes * num_layers
+    blocks = config.swap_bytes // block_bytes
+    if blocks < 1:
+        raise ValueError(
+            f"swap_space must be at least a block's {block_bytes / 2**30:.3g} GiB, "
+            f"got {config.swap_bytes / 2**30:.3g}"
+        )
+    return blocks
+
+
 def _bytes_left(utilization: float) -> int:
     """Bytes of the first device that are neither used nor held back by `memory_utilization`."""
     stats = jax.local_devices()[0].memory_stats()

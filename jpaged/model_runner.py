@@ -8,6 +8,8 @@ import dataclasses
 import logging
 import os
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from jax import lax
 from numpy.typing import NDArray
 
 from jpaged import memory, sampler
+from jpaged.block_swapper import BlockSwapper
 from jpaged.compile_plan import CompilePlan, StepShape, step_shapes
 from jpaged.config import SchedulerConfig
 from jpaged.engine_config import EngineConfig
@@ -82,10 +85,18 @@ class _Logprobs:
 
 
 class StepHandle:
-    """A step that was dispatched; `result` waits for it."""
+    """A step that was dispatched; `result` waits for it.
 
-    def __init__(self, scheduled: SchedulerOutput, outputs: dict[str, Any]) -> None:
+    Attributes:
+        scheduled: What runs.
+        dispatched_s: When it was dispatched, on the clock `time.perf_counter`.
+    """
+
+    def __init__(
+        self, scheduled: SchedulerOutput, outputs: dict[str, Any], dispatched_s: float
+    ) -> None:
         self.scheduled = scheduled
+        self.dispatched_s = dispatched_s
         self._outputs = outputs
         outputs["tokens"].copy_to_host_async()
 
@@ -103,12 +114,23 @@ class StepHandle:
 class ModelRunner:
     """The device side of an engine.
 
+    Args:
+        loaded: The model.
+        config: What the user set.
+        scheduler_config: The budgets.
+        on_copy_in: See `BlockSwapper`.
+
     Raises:
-        ValueError: The pool cannot hold one sequence of `max_model_len` tokens.
+        ValueError: The pool cannot hold one sequence of `max_model_len` tokens, or `swap_space` is
+            too small for a block or too large for the host.
     """
 
     def __init__(
-        self, loaded: LoadedModel, config: EngineConfig, scheduler_config: SchedulerConfig
+        self,
+        loaded: LoadedModel,
+        config: EngineConfig,
+        scheduler_config: SchedulerConfig,
+        on_copy_in: Callable[[int, float], None] | None = None,
     ) -> None:
         self._model = loaded.model
         self._max_model_len = scheduler_config.max_model_len
@@ -136,14 +158,26 @@ class ModelRunner:
         # Before the pool is sized by what is left of the memory.
         self._params = loaded.params
         self._state = sampler.SamplerState.zeros(self._num_rows, vocab_size)
+        num_layers = model_config.num_layers
+        self.num_host_blocks = memory.num_host_blocks(config, self.kv_spec, num_layers=num_layers)
+        beside = BlockSwapper.device_bytes(self.kv_spec, num_layers) if self.num_host_blocks else 0
         self.num_blocks = memory.num_blocks(
             config,
             scheduler_config,
             self.kv_spec,
-            num_layers=model_config.num_layers,
-            step_temp_bytes=lambda num_blocks: self._step_temp_bytes(shapes, num_blocks),
+            num_layers=num_layers,
+            step_temp_bytes=lambda num_blocks: self._step_temp_bytes(shapes, num_blocks) + beside,
         )
         self._pools = self._allocate_pools()
+        self._swapper: BlockSwapper | None = None
+        if self.num_host_blocks:
+            self._swapper = BlockSwapper(
+                self.kv_spec,
+                num_layers=num_layers,
+                num_blocks=self.num_blocks,
+                num_host_blocks=self.num_host_blocks,
+                on_copy_in=on_copy_in,
+            )
         self._batch = InputBatch(
             self._num_rows,
             self.max_blocks_per_seq,
@@ -152,12 +186,13 @@ class ModelRunner:
             max(packed_size(shape, self.max_blocks_per_seq) for shape in shapes),
         )
         self._lowering = threading.Lock()
+        swap_programs = {} if self._swapper is None else self._swapper.programs()
         self.plan = CompilePlan(
             shapes,
             self._compile,
             num_threads=min(len(shapes), os.cpu_count() or 1, 8),
             strict=config.strict_compilation,
-            others={"init_row": self._compile_init_row},
+            others={"init_row": self._compile_init_row, **swap_programs},
         )
         if config.compilation != "lazy":
             self.plan.start()
@@ -346,6 +381,12 @@ class ModelRunner:
 
     # Steps.
 
+    def swap(self, scheduled: SchedulerOutput) -> None:
+        """Starts a step's copies to the host and from there; goes before its `dispatch`."""
+        assert self._swapper is not None, "swapped without a host pool"
+        self._swapper.swap_out(self._pools, scheduled.swap_outs, self.plan.get)
+        self._pools = self._swapper.swap_in(self._pools, scheduled.swap_ins, self.plan.get)
+
     def dispatch(self, scheduled: SchedulerOutput) -> StepHandle:
         """Starts a step and returns at once."""
         num_seqs = len(scheduled.seqs)
@@ -355,10 +396,11 @@ class ModelRunner:
         packed = self._batch.fill(
             scheduled, program.shape, self._bans_of, self._wants_prompt_logprobs
         )
+        start = time.perf_counter()
         self._pools, self._state, outputs = program.compiled(
             self._params, self._pools, self._state, packed
         )
-        return StepHandle(scheduled, outputs)
+        return StepHandle(scheduled, outputs, start)
 
     def _bans_of(self, seq: Sequence) -> Any:
         assert seq.row is not None, f"{seq} is scheduled without a row"
@@ -389,6 +431,8 @@ class ModelRunner:
         Pools and state are donated to a step, so they may be lost with it; their content is not
         kept.
         """
+        if self._swapper is not None:
+            self._swapper.reset()
         try:
             jax.block_until_ready((self._pools, self._state))
         except RuntimeError:  # deleted, or the result of a step that failed
@@ -399,6 +443,7 @@ class ModelRunner:
     def shutdown(self) -> None:
         """Ends background compilation and lets go of the device's memory."""
         self.plan.stop()
+        self._swapper = None
         self._pools = ()
         self._params = None
         self._state = None

@@ -1,10 +1,11 @@
-"""What JAX has to be told of the process: device memory it may take, where to cache, when it ends.
+"""The process: what JAX has to be told of it, when it ends, and how much memory it may have.
 
 JAX reserves three quarters of a GPU when its backend first starts. An engine sizes its own pool, so
 the package asks for no preallocation and a high ceiling; that only works before the backend starts.
 """
 
 import atexit
+import contextlib
 import logging
 import os
 import weakref
@@ -15,6 +16,10 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 _MEM_FRACTION, _OLD_MEM_FRACTION = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+_CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 _ALLOCATOR_DEFAULTS = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", _MEM_FRACTION: "0.97"}
 
 
@@ -74,6 +79,15 @@ def set_compilation_cache(cache_dir: str | None) -> str | None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return cache_dir
+
+
+def host_memory_bytes() -> int:
+    """Memory that this process may have: the machine's, or less where its cgroup is limited."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in _CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # none, or "max"
+            limits.append(int(file.read_text()))
+    return min(limits)
 
 
 def call_at_exit(method: Callable[[], Any]) -> None:

@@ -22,6 +22,8 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from jpaged.block_pool import BlockPool
     from jpaged.request import Sequence
 
@@ -59,17 +61,23 @@ class PrefixCache:
         from: of a fully cached prompt the last block is computed again.
         """
         ids: list[int] = []
-        if not self.enabled or (seq.request.skip_prefix_cache and seq.seq_index == 0):
-            return ids
-        hashes, cached = seq.block_hashes, self._pool.cached
-        for index in range((len(seq.token_ids) - 1) // self._block_size):
-            if index == len(hashes):
-                self._extend_hashes(seq)
-            block_id = cached.get(hashes[index])
+        cached = self._pool.cached
+        for block_hash in self.hashes_to_look_up(seq):
+            block_id = cached.get(block_hash)
             if block_id is None:
                 break
             ids.append(block_id)
         return ids
+
+    def hashes_to_look_up(self, seq: "Sequence") -> "Iterator[bytes]":
+        """Hashes of the blocks that a sequence without blocks may start from, as they are asked."""
+        if not self.enabled or (seq.request.skip_prefix_cache and seq.seq_index == 0):
+            return
+        hashes = seq.block_hashes
+        for index in range((len(seq.token_ids) - 1) // self._block_size):
+            if index == len(hashes):
+                self._extend_hashes(seq)
+            yield hashes[index]
 
     def register(self, seq: "Sequence") -> None:
         """Registers the sequence's blocks whose tokens are all known and scheduled."""

@@ -35,6 +35,7 @@ class SequenceStatus(enum.StrEnum):
     WAITING = "waiting"
     RUNNING = "running"
     PREEMPTED = "preempted"
+    SWAPPED = "swapped"
     FINISHED = "finished"
 
 
@@ -50,13 +51,14 @@ class Sequence:
             Of a beam one more than its known tokens: what follows them is the group's choice, made
             when the tokens of all beams are there.
         num_pending: tokens sampled by a dispatched step and not yet read by the host.
-        num_computed_tokens: tokens whose K and V are in the pool once the dispatched steps have
-            run.
+        num_computed_tokens: tokens whose K and V are in the pool, or were when it was swapped out,
+            once the dispatched steps have run.
         num_writable_slots: slots from the first that may be written without asking the block
             manager: they are allocated and not shared. After a fork they end where the shared
             block's free slots begin.
         in_prefill: running, and its last known token not yet scheduled.
         block_ids: its blocks in order.
+        host_block_ids: its blocks on the host in order, while it is swapped out.
         block_hashes: chained hashes of its full blocks, as far as they were needed; survives
             preemption.
         has_new_table: whether its blocks were exchanged since its last step, so that its whole
@@ -79,6 +81,7 @@ class Sequence:
         "engine_state",
         "finish_reason",
         "has_new_table",
+        "host_block_ids",
         "in_prefill",
         "max_length",
         "num_cached_tokens",
@@ -108,6 +111,7 @@ class Sequence:
         self.num_writable_slots = 0
         self.in_prefill = False
         self.block_ids: list[int] = []
+        self.host_block_ids: list[int] = []
         self.block_hashes: list[bytes] = []
         self.has_new_table = False
         self.num_registered_blocks = 0

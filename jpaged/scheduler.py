@@ -19,6 +19,7 @@ import bisect
 import heapq
 from typing import TYPE_CHECKING
 
+from jpaged.preemption import PreemptionPolicy
 from jpaged.request import Request, Sequence, SequenceStatus
 from jpaged.scheduler_output import SchedulerOutput, SchedulerStats
 from jpaged.step_builder import StepBuilder
@@ -36,15 +37,24 @@ class Scheduler:
     Attributes:
         config: budgets and policy.
         block_manager: gives the blocks; not to be shared with another scheduler.
+        preemption: says who is swapped out, and who computed again.
         num_preemptions: sequences preempted so far.
+        num_swaps: those of them that were swapped out.
         num_steps: steps scheduled so far, empty ones not counted.
         num_prefill_tokens: tokens of prompts and of recomputed output scheduled so far.
     """
 
-    def __init__(self, config: "SchedulerConfig", block_manager: "BlockManager") -> None:
+    def __init__(
+        self,
+        config: "SchedulerConfig",
+        block_manager: "BlockManager",
+        preemption: PreemptionPolicy | None = None,
+    ) -> None:
         self.config = config
         self.block_manager = block_manager
+        self.preemption = preemption or PreemptionPolicy()
         self.num_preemptions = 0
+        self.num_swaps = 0
         self.num_steps = 0
         self.num_prefill_tokens = 0
         self._by_priority = config.policy == "priority"
@@ -128,6 +138,8 @@ class Scheduler:
         is_running = seq.status is SequenceStatus.RUNNING
         if is_running:
             self._release(seq)
+        elif seq.status is SequenceStatus.SWAPPED:
+            self.block_manager.free_swapped(seq)
         seq.status = _FINISHED
         seq.finish_reason = reason
         seq.stop_reason = stop_reason
@@ -229,7 +241,8 @@ class Scheduler:
                 seq.num_pending = pending + 1
         if self._num_waiting and not step.preempted and not step.is_stalled:
             self._admit()
-        output = step.finish(self.block_manager.take_copies())
+        manager = self.block_manager
+        output = step.finish(manager.take_copies(), manager.take_swaps())
         if output.seqs:
             self.num_steps += 1
         return output
@@ -242,6 +255,8 @@ class Scheduler:
             num_running_seqs=self.num_running_seqs,
             num_steps=self.num_steps,
             num_preemptions=self.num_preemptions,
+            num_swaps=self.num_swaps,
+            num_swapped=self.block_manager.num_swapped_seqs,
             num_prefill_tokens=self.num_prefill_tokens,
             blocks=self.block_manager.stats(),
         )
@@ -280,11 +295,15 @@ class Scheduler:
                 mine = seq.block_ids[:num_blocks]
                 _check_equal(f"prompt's blocks of {seq}", mine, "siblings'", longest[: len(mine)])
         for seq in (seq for request in waiting for seq in request.unfinished):
+            held = (seq.row, seq.block_ids, seq.in_prefill)
+            _check_equal("held while waiting", held, "nothing", (None, [], False))
+            if seq.status is SequenceStatus.SWAPPED:
+                continue
             assert seq.status in (SequenceStatus.WAITING, SequenceStatus.PREEMPTED), (
                 f"waiting, but {seq}"
             )
-            held = (seq.row, seq.block_ids, seq.num_computed_tokens, seq.in_prefill)
-            _check_equal("held while waiting", held, "nothing", (None, [], 0, False))
+            held = (seq.host_block_ids, seq.num_computed_tokens)
+            _check_equal("held unless swapped out", held, "nothing", ([], 0))
         owned = sum(len(seq.block_ids) for seq in seqs)
         _check_equal("references", self.block_manager.pool.num_references, "of running", owned)
 
@@ -343,6 +362,8 @@ class Scheduler:
                 continue
             if len(request.unfinished) > len(self._free_rows) or not self._has_room(request):
                 break
+            if _is_swapped(request) and not self._swap_in(request):
+                break
             heapq.heappop(waiting)
             self._num_waiting -= 1
             self._num_running += 1
@@ -376,9 +397,11 @@ class Scheduler:
         if not self._num_running:
             return True
         num_free = manager.num_free_blocks - self._watermark
+        if _is_swapped(request):
+            return manager.num_blocks_to_swap_in(request.unfinished) <= num_free
         if num_blocks > num_free:
             blocks = manager.pool.blocks
-            cached = manager.get_cached_prefix(request.unfinished[0])
+            cached = manager.prefix_cache.lookup(request.unfinished[0])
             num_blocks -= sum(blocks[block_id].ref_count > 0 for block_id in cached)
         return num_blocks <= num_free
 
@@ -473,11 +496,37 @@ class Scheduler:
             self.block_manager.fork(parent, seq)
             seq.has_new_table = True
 
+    def _swap_in(self, request: Request) -> bool:
+        """Brings a group's blocks back, if there is room."""
+        if not self.block_manager.swap_in(request.unfinished):
+            return False
+        updates = self._step.table_updates
+        updates.extend((seq, 0) for seq in request.unfinished if seq.block_ids)
+        return True
+
+    def _swap_out(self, request: Request) -> bool:
+        """Moves a group's blocks to the host, if that is what is to be done and there is room."""
+        seqs = request.unfinished
+        num_tokens = sum(seq.num_computed_tokens for seq in seqs)
+        if self.block_manager.host is None or not num_tokens:
+            return False
+        if request.is_beam_search and any(seq.num_pending for seq in seqs):
+            # The choice among their tokens is still to come, and forks blocks of the device.
+            return False
+        num_blocks = len({block_id for seq in seqs for block_id in seq.block_ids})
+        if not self.preemption.prefers_swap(len(seqs), num_blocks, num_tokens):
+            return False
+        return self.block_manager.swap_out(seqs)
+
     def _preempt_last(self) -> None:
         request = self._running.pop()
+        status = SequenceStatus.PREEMPTED
+        if self._swap_out(request):
+            status = SequenceStatus.SWAPPED
+            self.num_swaps += len(request.unfinished)
         for seq in request.unfinished:
             self._release(seq)
-            seq.status = SequenceStatus.PREEMPTED
+            seq.status = status
             seq.num_preemptions += 1
         self.num_preemptions += len(request.unfinished)
         self._step.preempted.extend(request.unfinished)
@@ -495,6 +544,10 @@ class Scheduler:
         if seq.in_prefill:
             seq.in_prefill = False
             self._num_in_prefill -= 1
+
+
+def _is_swapped(request: Request) -> bool:
+    return request.unfinished[0].status is SequenceStatus.SWAPPED
 
 
 def _check_equal(left_name: str, left: object, right_name: str, right: object) -> None:

@@ -30,6 +30,10 @@ class SchedulerOutput:
         num_batched_tokens: all scheduled tokens.
         admitted: sequences that got a row in this step, resumed ones included.
         preempted: sequences that lost row and blocks in this step.
+        swap_outs: (block, host block) ids to copy to the host before anything else happens, even if
+            the step runs nothing.
+        swap_ins: (host block, block) ids to copy from the host after those, and before anything
+            else.
         block_copies: (source, destination) block ids to copy before anything is written; all reads
             before all writes, and at most one for each scheduled sequence.
         table_updates: (sequence, first changed index): `seq.block_ids` is as in the sequence's last
@@ -45,6 +49,8 @@ class SchedulerOutput:
     num_batched_tokens: int
     admitted: "list[Sequence]"
     preempted: "list[Sequence]"
+    swap_outs: list[tuple[int, int]]
+    swap_ins: list[tuple[int, int]]
     block_copies: list[tuple[int, int]]
     table_updates: "list[tuple[Sequence, int]]"
 
@@ -64,6 +70,8 @@ class SchedulerStats:
         num_running_seqs: sequences running.
         num_steps: steps scheduled so far, empty ones not counted.
         num_preemptions: sequences preempted so far.
+        num_swaps: those of them that were swapped out.
+        num_swapped: sequences that are swapped out.
         num_prefill_tokens: tokens of prompts, and of output computed again after a preemption, that
             were scheduled so far; what was found in the prefix cache is not among them.
         blocks: the block manager's counters.
@@ -74,5 +82,7 @@ class SchedulerStats:
     num_running_seqs: int
     num_steps: int
     num_preemptions: int
+    num_swaps: int
+    num_swapped: int
     num_prefill_tokens: int
     blocks: "BlockStats"

@@ -78,7 +78,11 @@ class StepBuilder:
             self.chunk_sizes.extend([0] * len(forks))
             self.chunk_samples.extend([True] * len(forks))
 
-    def finish(self, block_copies: list[tuple[int, int]]) -> SchedulerOutput:
+    def finish(
+        self,
+        block_copies: list[tuple[int, int]],
+        swaps: tuple[list[tuple[int, int]], list[tuple[int, int]]],
+    ) -> SchedulerOutput:
         """What the scheduler hands to the runner."""
         num_decodes = len(self.seqs)
         samples = [True] * num_decodes
@@ -94,6 +98,8 @@ class StepBuilder:
             num_batched_tokens=num_decodes + sum(self.chunk_sizes),
             admitted=self.admitted,
             preempted=self.preempted,
+            swap_outs=swaps[0],
+            swap_ins=swaps[1],
             block_copies=block_copies,
             table_updates=self.table_updates,
         )

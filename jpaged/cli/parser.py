@@ -281,6 +281,24 @@ def _add_engine(command, *, for_requests: bool = True) -> None:
         action="store_const",
         const=False,
     )
+    add(
+        "--preemption-mode",
+        "recompute, swap (blocks move to the host) or auto (what is quicker)",
+        "recompute",
+        metavar="MODE",
+    )
+    add(
+        "--swap-space",
+        "GiB of host memory for swapped and cached blocks (default: 4 if it is needed)",
+        type=float,
+        metavar="GIB",
+    )
+    add(
+        "--host-cache",
+        "keep cached blocks that are evicted on the host",
+        action="store_const",
+        const=True,
+    )
     add("--policy", "fcfs, or priority (lower first)", "fcfs", metavar="POLICY")
     add("--max-logprobs", "largest --logprobs that is allowed", 20, type=int, metavar="N")
     add("--engine-seed", "seed of requests without one", 0, dest="seed", type=int, metavar="N")

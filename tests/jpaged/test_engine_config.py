@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from jpaged import EngineConfig
+from jpaged import EngineConfig, platform
 
 
 def test_defaults_are_valid_and_frozen():
@@ -37,6 +37,18 @@ def test_defaults_are_valid_and_frozen():
         ({"async_scheduling": None}, "async_scheduling must be True or False, got None"),
         ({"skip_tokenizer_init": 1}, "skip_tokenizer_init must be True or False, got 1"),
         ({"strict_compilation": 0}, "strict_compilation must be True or False, got 0"),
+        ({"preemption_mode": "spill"}, "preemption_mode must be one of .*got 'spill'"),
+        ({"host_cache": 1}, "host_cache must be True or False, got 1"),
+        (
+            {"host_cache": True, "enable_prefix_caching": False},
+            "host_cache needs enable_prefix_caching=True",
+        ),
+        ({"swap_space": 1.0}, 'swap_space needs preemption_mode="swap" or "auto", or host_cache'),
+        ({"swap_space": 0}, "swap_space must be GiB in .0, the host's memory., got swap_space=0 w"),
+        ({"swap_space": -1.0}, "swap_space must be GiB in"),
+        ({"swap_space": float("nan")}, "swap_space must be GiB in"),
+        ({"swap_space": "4"}, "swap_space must be GiB in .*got swap_space='4' with .* GiB of host"),
+        ({"swap_space": True}, "swap_space must be GiB in"),
         ({"num_blocks": 9, "kv_cache_memory_bytes": 9}, "exclude each other, got both"),
         ({"strict_compilation": True, "compilation": "lazy"}, "strict_compilation needs"),
     ],
@@ -44,6 +56,28 @@ def test_defaults_are_valid_and_frozen():
 def test_values_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         EngineConfig(**options)
+
+
+def test_swap_space_is_at_most_the_hosts_memory(monkeypatch):
+    monkeypatch.setattr(platform, "host_memory_bytes", lambda: 10 << 30)
+    config = EngineConfig(preemption_mode="swap", swap_space=10)
+    assert (config.swaps, config.swap_bytes) == (True, 10 << 30)
+    message = (
+        r"swap_space must be GiB in \(0, the host's memory\], got swap_space=10.5 with 10.0 GiB of "
+        "host memory"
+    )
+    for mode in ("recompute", "swap"):
+        with pytest.raises(ValueError, match=message):
+            EngineConfig(preemption_mode=mode, swap_space=10.5)
+
+
+def test_swap_space_that_is_left_open_is_taken_only_where_it_is_needed(monkeypatch):
+    assert (EngineConfig().swaps, EngineConfig().swap_bytes) == (False, 0)
+    for options in ({"preemption_mode": "swap"}, {"preemption_mode": "auto"}, {"host_cache": True}):
+        monkeypatch.setattr(platform, "host_memory_bytes", lambda: 100 << 30)
+        assert EngineConfig(**options).swap_bytes == 4 << 30
+        monkeypatch.setattr(platform, "host_memory_bytes", lambda: 8 << 30)
+        assert EngineConfig(**options).swap_bytes == 2 << 30
 
 
 def test_an_unknown_option_names_the_nearest_one():

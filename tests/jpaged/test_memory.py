@@ -92,6 +92,19 @@ def test_a_pool_too_small_for_one_sequence_is_refused_naming_what_to_raise(name)
         _num_blocks(**{name: value})
 
 
+def test_host_blocks_are_what_the_swap_space_holds():
+    def num_host_blocks(**options):
+        config = EngineConfig(**options)
+        return memory.num_host_blocks(config, SPEC, num_layers=NUM_LAYERS)
+
+    assert num_host_blocks() == 0
+    gib = BLOCK_BYTES / 2**30
+    assert num_host_blocks(preemption_mode="swap", swap_space=7.5 * gib) == 7
+    assert num_host_blocks(host_cache=True, swap_space=1.01 * gib) == 1
+    with pytest.raises(ValueError, match=r"swap_space must be at least a block's .* GiB, got"):
+        num_host_blocks(preemption_mode="auto", swap_space=0.99 * gib)
+
+
 def test_an_accelerator_without_room_is_refused(accelerator):
     accelerator["bytes_in_use"] = 990 * BLOCK_BYTES
     with pytest.raises(ValueError, match="the pool has 0: raise memory_utilization or lower"):

@@ -200,3 +200,13 @@ weakref.finalize(kept, print, "finalized")
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert ended.stdout == "stopped\nfinalized\n"
+
+
+def test_host_memory_is_the_machines_or_its_cgroups(monkeypatch, tmp_path):
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(platform, "_CGROUP_LIMITS", (tmp_path / "missing", limit))
+    assert platform.host_memory_bytes() == machine
+    for text, expected in (("max\n", machine), ("4096\n", 4096), (f"{2**63 - 1}\n", machine)):
+        limit.write_text(text)
+        assert platform.host_memory_bytes() == expected

@@ -1,10 +1,11 @@
 """The scheduler under random interleavings, on a simulated device that checks what steps read.
 
 The device keeps in each slot what K and V depend on, all tokens so far (as a hash), block tables a
-row as a runner does (updated only from `table_updates`), and the last sampled token of each row. It
-runs a step when it is scheduled; the host learns the tokens later. So everything that asynchronous
-stepping, sharing or reuse may get wrong shows as a slot that holds what it should not: in what a
-step reads, and after each step in what the tables of all running sequences lead to.
+row as a runner does (updated only from `table_updates`), the last sampled token of each row, and
+the host's blocks. It runs a step when it is scheduled; the host learns the tokens later. So
+everything that asynchronous stepping, sharing, swapping or reuse may get wrong shows as a slot that
+holds what it should not: in what a step reads, and after each step in what the tables of all
+running sequences lead to.
 """
 
 import dataclasses
@@ -19,7 +20,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from jpaged.beam_outputs import BeamOutputs
 from jpaged.beam_search import BeamSearch
 from jpaged.block_manager import BlockManager
-from jpaged.config import SchedulerConfig
+from jpaged.config import PreemptionMode, SchedulerConfig
+from jpaged.preemption import PreemptionPolicy
 from jpaged.request import Request, Sequence
 from jpaged.sampling_params import SamplingParams
 from jpaged.scheduler import Scheduler
@@ -81,6 +83,7 @@ class SimulatedDevice:
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.memory: dict[int, int | None] = {}
+        self.host_memory: dict[int, list[int | None]] = {}
         self.num_copies = 0
         self.num_forks = 0
         self.tables: dict[int, list[int]] = {}
@@ -105,8 +108,33 @@ class SimulatedDevice:
             table = self.tables[seq.row]
             assert len(table) >= first
             table[first:] = seq.block_ids[first:]
+        # A step without sequences is never dispatched, so nothing but its swaps may matter.
+        assert output.seqs or not (output.admitted or output.table_updates or output.block_copies)
+        self.swap(output)
         self.copy(output)
         return self.step(output)
+
+    def swap(self, output: SchedulerOutput) -> None:
+        """Copies blocks to the host, and then others from there."""
+        pool = self.scheduler.block_manager.pool
+        assert len({block_id for _, block_id in output.swap_ins}) == len(output.swap_ins)
+        for block_id, place in output.swap_outs:
+            assert 0 < block_id < pool.num_blocks
+            assert place > 0
+            self.host_memory[place] = [self.memory.get(slot) for slot in self.slots(block_id)]
+        for place, block_id in output.swap_ins:
+            assert 0 < block_id < pool.num_blocks
+            for slot, content in zip(self.slots(block_id), self.host_memory[place], strict=True):
+                self.memory[slot] = content
+
+    def held(self, seq: Sequence) -> list[int | None]:
+        """What a sequence's blocks hold of its computed tokens, wherever they are."""
+        if seq.host_block_ids:
+            found = [content for place in seq.host_block_ids for content in self.host_memory[place]]
+        else:
+            slots = (slot for block_id in seq.block_ids for slot in self.slots(block_id))
+            found = [self.memory.get(slot) for slot in slots]
+        return found[: seq.num_computed_tokens]
 
     def copy(self, output: SchedulerOutput) -> None:
         """Runs the step's block copies: all are read before any is written."""
@@ -206,10 +234,25 @@ class SimulatedDevice:
 class Run:
     """A scheduler, its device, and the results not read yet."""
 
-    def __init__(self, num_blocks: int, caching: bool, **config) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        caching: bool,
+        mode: PreemptionMode = "recompute",
+        num_host_blocks: int = 0,
+        host_cache: bool = False,
+        **config,
+    ) -> None:
         self.scheduler = Scheduler(
             SchedulerConfig(max_model_len=MAX_MODEL_LEN, **config),
-            BlockManager(num_blocks, BLOCK_SIZE, caching),
+            BlockManager(
+                num_blocks,
+                BLOCK_SIZE,
+                caching,
+                num_host_blocks=num_host_blocks,
+                host_cache=host_cache and caching,
+            ),
+            PreemptionPolicy(mode),
         )
         self.device = SimulatedDevice(self.scheduler)
         self.unread: list[Sampled] = []
@@ -316,8 +359,9 @@ class Run:
         self.device.check()
         for request in self.requests:
             for seq in request.sequences:
-                known = self.device.tokens.get(seq, seq.token_ids)[: len(seq.token_ids)]
-                assert seq.token_ids == known
+                tokens = self.device.tokens.get(seq, seq.token_ids)
+                assert seq.token_ids == tokens[: len(seq.token_ids)]
+                assert self.device.held(seq) == contents(tokens[: seq.num_computed_tokens])
                 assert len(seq.token_ids) <= seq.max_length or not seq.max_length
 
     def finish(self) -> None:
@@ -341,6 +385,7 @@ class Run:
         self.check()
         stats = self.scheduler.stats()
         assert (stats.blocks.used, stats.num_running_seqs, stats.num_waiting) == (0, 0, 0)
+        assert (stats.blocks.host_used, stats.num_swapped) == (0, 0)
         assert all(seq.finish_reason for request in self.requests for seq in request.sequences)
 
 
@@ -355,13 +400,29 @@ class SchedulerMachine(RuleBasedStateMachine):
         threshold=st.sampled_from([0, 0, 3]),
         policy=st.sampled_from(["fcfs", "priority"]),
         watermark=st.sampled_from([0.0, 0.1]),
+        mode=st.sampled_from(["recompute", "swap", "auto"]),
+        num_host_blocks=st.sampled_from([0, 3, 8, 40]),
+        host_cache=st.booleans(),
     )
     def start(
-        self, num_blocks, caching, max_num_seqs, extra_budget, threshold, policy, watermark
+        self,
+        num_blocks,
+        caching,
+        max_num_seqs,
+        extra_budget,
+        threshold,
+        policy,
+        watermark,
+        mode,
+        num_host_blocks,
+        host_cache,
     ) -> None:
         self.run = Run(
             num_blocks,
             caching,
+            mode,
+            num_host_blocks,
+            host_cache,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs + extra_budget,
             long_prefill_token_threshold=threshold,
@@ -398,6 +459,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             while len(self.run.unread) > depth:
                 self.run.read()
 
+    @rule(seconds_per_block=st.sampled_from([0.1, 10.0]))
+    def measure(self, seconds_per_block: float) -> None:
+        self.run.scheduler.preemption.note_copies(1, seconds_per_block)
+        self.run.scheduler.preemption.note_prefill(1, 1.0)
+
     @precondition(lambda self: self.run.requests)
     @rule(number=st.integers(0, 99))
     def abort(self, number: int) -> None:
@@ -429,11 +495,20 @@ TestSchedulerMachine.settings = settings(
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 @pytest.mark.parametrize("caching", [True, False])
-def test_long_random_run_reads_only_its_own_tokens(policy, caching):
+@pytest.mark.parametrize(
+    ("mode", "num_host_blocks", "host_cache"),
+    [("recompute", 0, False), ("swap", 60, False), ("swap", 12, True), ("recompute", 30, True)],
+)
+def test_long_random_run_reads_only_its_own_tokens(
+    policy, caching, mode, num_host_blocks, host_cache
+):
     rng = random.Random(7)
     run = Run(
         17,
         caching,
+        mode,
+        num_host_blocks,
+        host_cache,
         max_num_seqs=6,
         max_num_batched_tokens=16,
         long_prefill_token_threshold=6,
@@ -465,15 +540,21 @@ def test_long_random_run_reads_only_its_own_tokens(policy, caching):
     assert (stats.blocks.evictions > 100) is caching
     assert min(run.device.num_forks, run.device.num_copies) > 100
     assert run.num_searched > 50
+    assert (stats.num_swaps > 20) is (mode == "swap")
+    if num_host_blocks == 60:
+        # All but the beams whose tokens were still to be chosen among.
+        assert stats.num_swaps > 0.7 * stats.num_preemptions
+    assert (stats.blocks.host_hits > 20) is (host_cache and caching)
     run.finish()
 
 
 @pytest.mark.parametrize("num_blocks", [7, 9, 100])
-def test_tokens_do_not_depend_on_pool_chunks_or_cache(num_blocks):
+@pytest.mark.parametrize("host", [(), ("swap", 40), ("swap", 3), ("swap", 9, True)])
+def test_tokens_do_not_depend_on_pool_chunks_or_cache(num_blocks, host):
     """Each token is a function of those before: equal output shows that none was lost."""
 
     def generate(num_blocks: int, caching: bool, budget: int) -> list[list[int]]:
-        run = Run(num_blocks, caching, max_num_seqs=4, max_num_batched_tokens=budget)
+        run = Run(num_blocks, caching, *host, max_num_seqs=4, max_num_batched_tokens=budget)
         for length in (1, 5, 9, 12, 3):
             run.add(length, 10, 1, 0, None)
         assert len(run.requests) == 5
