@@ -130,6 +130,13 @@ def counters(stats: Any) -> Table:
         f"evicted {blocks.evictions}",
         f"steps {stats.num_steps}",
     )
+    if blocks.host_blocks:
+        table.add_row(
+            f"swapped {stats.num_swapped}",
+            f"host used {blocks.host_used} of {blocks.host_blocks}",
+            f"to host {blocks.swapped_out}",
+            f"from host {blocks.swapped_in}",
+        )
     return table
 
 

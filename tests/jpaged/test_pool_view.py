@@ -108,6 +108,18 @@ def test_the_whole_picture_names_the_counters(manager):
         assert expected in text
 
 
+def test_swapped_blocks_are_counted_where_there_is_a_host_pool():
+    manager = BlockManager(11, BLOCK_SIZE, num_host_blocks=5)
+    group = Request("a", list(range(6)), SamplingParams()).sequences
+    assert manager.allocate_slots(group[0], 6) is not None
+    group[0].num_computed_tokens = 6
+    assert manager.swap_out(group)
+    config = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=8, max_model_len=32)
+    console = Console(width=90, file=io.StringIO(), record=True)
+    console.print(watch.counters(Scheduler(config, manager).stats()))
+    assert "host used 2 of" in console.export_text()
+
+
 def test_it_draws_after_steps_and_stops(manager, monkeypatch):
     scheduler = Scheduler(
         SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=8, max_model_len=32), manager

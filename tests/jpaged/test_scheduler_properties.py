@@ -487,9 +487,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.run.finish()
 
 
+# 200,000 steps of the machine, each of which may fork, append, copy, swap, evict, preempt, prune.
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
-    max_examples=400, stateful_step_count=40, deadline=None, derandomize=True, database=None
+    max_examples=5000, stateful_step_count=40, deadline=None, derandomize=True, database=None
 )
 
 
