@@ -136,7 +136,8 @@ class BlockManager:
         Cached blocks that have gone to the host come back for this.
         """
         if self.host is not None and self.host.pool.keeps_content:
-            self.host.fetch(self.prefix_cache.hashes_to_look_up(seq))
+            fetched = self.host.fetch(self.prefix_cache.hashes_to_look_up(seq))
+            self._check_copies_precede(fetched)
         return self.prefix_cache.lookup(seq)
 
     def get_shared_prefix(self, source: "Sequence", seq: "Sequence", num_blocks: int) -> list[int]:
@@ -293,12 +294,17 @@ class BlockManager:
         return num_blocks
 
     def swap_in(self, seqs: "ReadOnlyList[Sequence]") -> bool:
-        """Moves a group's blocks back; False, and no effect, for lack of room."""
+        """Moves a group's blocks back; False, and no effect, for lack of room.
+
+        Blocks that queued copies read must not have been freed since they were queued.
+        """
         assert self.host is not None, "nothing can have been swapped out"
         holders = [seq for seq in seqs if seq.host_block_ids]
         tables = self.host.load([seq.host_block_ids for seq in holders])
         if tables is None:
             return False
+        for table in tables:
+            self._check_copies_precede(table)
         for seq, table in zip(holders, tables, strict=True):
             seq.host_block_ids = []
             seq.block_ids.extend(table)
@@ -425,6 +431,12 @@ class BlockManager:
             "swapped_out": 0 if host is None else host.num_swapped_out,
             "swapped_in": 0 if host is None else host.num_swapped_in,
         }
+
+    def _check_copies_precede(self, block_ids: "ReadOnlyList[int]") -> None:
+        """A step swaps before it copies, so a source must not be freed and swapped into in one."""
+        if self._copies:
+            sources = set(self._copies.values())
+            assert sources.isdisjoint(block_ids), f"{sources} are to be copied, not {block_ids}"
 
     def _replace(self, block_ids: list[int], index: int, new_id: int, holds_tokens: bool) -> None:
         old_id = block_ids[index]

@@ -88,11 +88,11 @@ class HostTier:
         """Drops a swapped-out sequence's references to its host blocks."""
         self.pool.free(table)
 
-    def fetch(self, hashes: Iterable[bytes]) -> None:
+    def fetch(self, hashes: Iterable[bytes]) -> list[int]:
         """Brings what the host has of a chain of hashes back into the device's prefix cache.
 
-        Up to the first block that neither has, and while there is room; then it is for whoever
-        looks it up, or is evicted in its turn.
+        Up to the first block that neither has, and while there is room. Returns the blocks, which
+        are free: for whoever looks them up, or evicted in their turn.
         """
         device = self._device_pool
         run: list[int] = []
@@ -118,6 +118,7 @@ class HostTier:
         self._ins.update((block_id, place) for place, block_id in copies)
         self.num_fetched += len(copies)
         device.free(run)
+        return run
 
     def take(self) -> tuple[Copies, Copies]:
         """Takes the queued copies: those to the host, and those from there, in this order."""
@@ -151,11 +152,13 @@ class HostTier:
 
     def _keep(self, block_id: int, block_hash: bytes) -> None:
         """Keeps a cached block that the device is about to hand out again, if there is room."""
-        place = self.pool.cached.get(block_hash)
+        place, source = self.pool.cached.get(block_hash), self._ins.pop(block_id, None)
         if place is not None:
             self.pool.refresh(place)
-            # It may have come back in this very step, for somebody who had no room.
-            self._ins.pop(block_id, None)
+            return
+        if source is not None:  # It was to come back in this very step: it still is there.
+            if self.pool.blocks[source].block_hash is None:
+                self.pool.register(source, block_hash)
             return
         places = self.pool.allocate(1)
         if places is None:

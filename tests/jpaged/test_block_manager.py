@@ -1,5 +1,6 @@
 """Allocation, fork, copy-on-write and release, by example and against a naive model."""
 
+import itertools
 import random
 
 import hypothesis.strategies as st
@@ -333,23 +334,31 @@ class BlockManagerMachine(RuleBasedStateMachine):
     """Random operations; the naive model keeps every sequence's tokens in a plain list.
 
     `memory` stands for the device: slot -> content. Scheduled copies and writes run in `run_step`:
-    all copies' reads first, then their writes, then the tokens'; after that, what the block tables
-    lead to must equal the model.
+    swaps, all copies' reads, their writes, and then the tokens'; after that, what the block tables
+    lead to, here or on the host, must equal the model.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.manager = BlockManager(14, BLOCK_SIZE)
-        self.memory: dict[int, int] = {}
+        self.manager = BlockManager(14, BLOCK_SIZE, num_host_blocks=9, host_cache=True)
+        self.memory: dict[int, int | None] = {}
+        self.host_memory: dict[int, list[int | None]] = {}
+        self.swapped: list[list[Sequence]] = []
         self.model: dict[Sequence, list[int]] = {}
         self.scheduled: dict[Sequence, int] = {}  # Sequence -> its first token in the step.
 
     def pick(self, number: int, idle: bool) -> Sequence:
-        seqs = [seq for seq in self.model if not (idle and seq in self.scheduled)]
+        seqs = [seq for seq in self.live() if not (idle and seq in self.scheduled)]
         return seqs[number % len(seqs)]
 
+    def live(self) -> list[Sequence]:
+        return [seq for seq in self.model if not seq.host_block_ids]
+
+    def has_live(self) -> bool:
+        return bool(self.live())
+
     def has_idle(self) -> bool:
-        return len(self.model) > len(self.scheduled)
+        return len(self.live()) > len(self.scheduled)
 
     def schedule(self, seq: Sequence, num_tokens: int, cached: list[int]) -> bool:
         free, old = self.manager.num_free_blocks, list(seq.block_ids)
@@ -377,6 +386,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         if change < length:
             token_ids[change] = 999
         seq = make_sequence(token_ids, salt)
+        self.run_step_if_sources_are_free()
         cached = self.manager.get_cached_prefix(seq)
         if self.schedule(seq, length - len(cached) * BLOCK_SIZE, cached):
             self.model[seq] = token_ids
@@ -391,7 +401,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         else:
             del seq.token_ids[-len(token_ids) :]
 
-    @precondition(lambda self: self.model)
+    @precondition(has_live)
     @rule(number=st.integers(0, 99))
     def fork(self, number: int) -> None:
         parent = self.pick(number, idle=False)
@@ -402,7 +412,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
             # Copies are made before what the parent writes in this step: both wait for the next.
             self.scheduled[child] = child.num_computed_tokens
 
-    @precondition(lambda self: self.model)
+    @precondition(has_live)
     @rule(
         number=st.integers(0, 99),
         num_blocks=st.integers(1, 4),
@@ -410,6 +420,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
     )
     def share_prefix(self, number: int, num_blocks: int, token_ids: list[int]) -> None:
         """Starts a sequence from full blocks of another, whether they are cached or not."""
+        self.run_step_if_sources_are_free()
         source = self.pick(number, idle=False)
         num_blocks = min(num_blocks, source.num_computed_tokens // BLOCK_SIZE)
         all_ids = self.model[source][: num_blocks * BLOCK_SIZE] + token_ids
@@ -426,12 +437,65 @@ class BlockManagerMachine(RuleBasedStateMachine):
         del self.model[seq]
         self.manager.free(seq)
 
+    @precondition(has_idle)
+    @rule(number=st.integers(0, 99), num_seqs=st.integers(1, 4))
+    def swap_out(self, number: int, num_seqs: int) -> None:
+        """Moves several sequences at once, related or not."""
+        idle = [seq for seq in self.live() if seq not in self.scheduled]
+        start = number % len(idle)
+        seqs, manager = idle[start : start + num_seqs], self.manager
+        assert manager.host is not None
+        changing = {*manager._copies, *manager.host._ins}
+        if not changing.isdisjoint(block_id for seq in seqs for block_id in seq.block_ids):
+            return  # What a step is still to bring cannot leave before it.
+        before = [(seq, list(seq.block_ids), seq.num_computed_tokens) for seq in seqs]
+        free = manager.host.pool.num_free_blocks
+        if manager.swap_out(seqs):
+            self.swapped.append(seqs)
+        else:
+            assert all(seq.block_ids == block_ids for seq, block_ids, _ in before)
+            assert manager.host.pool.num_free_blocks == free
+        assert all(seq.num_computed_tokens == computed for seq, _, computed in before)
+
+    @precondition(lambda self: self.swapped)
+    @rule(number=st.integers(0, 99))
+    def swap_in(self, number: int) -> None:
+        self.run_step_if_sources_are_free()
+        index = number % len(self.swapped)
+        if self.manager.swap_in(self.swapped[index]):
+            # What they take over from the cache may be written in this step: it is not idle.
+            self.scheduled |= {seq: seq.num_computed_tokens for seq in self.swapped[index]}
+            del self.swapped[index]
+
+    @precondition(lambda self: self.swapped)
+    @rule(number=st.integers(0, 99))
+    def free_swapped(self, number: int) -> None:
+        group = self.swapped[number % len(self.swapped)]
+        seq = group.pop()
+        if not group:
+            self.swapped.remove(group)
+        del self.model[seq]
+        self.manager.free_swapped(seq)
+
     @rule()
     def clear_cache(self) -> None:
         self.manager.pool.clear_cache()
 
+    def run_step_if_sources_are_free(self) -> None:
+        """A step swaps before it copies: what it is to copy must not make room for a swap."""
+        blocks = self.manager.pool.blocks
+        if any(blocks[src].ref_count == 0 for src in self.manager._copies.values()):
+            self.run_step()
+
     @rule()
     def run_step(self) -> None:
+        swap_outs, swap_ins = self.manager.take_swaps()
+        assert len({block_id for _, block_id in swap_ins}) == len(swap_ins)
+        for block_id, place in swap_outs:
+            self.host_memory[place] = [self.memory.get(slot) for slot in self.slots(block_id)]
+        for place, block_id in swap_ins:
+            for slot, content in zip(self.slots(block_id), self.host_memory[place], strict=True):
+                self.memory[slot] = content
         copies = self.manager.take_copies()
         assert len({dst for _, dst in copies}) == len(copies)
         copied = [
@@ -448,8 +512,16 @@ class BlockManagerMachine(RuleBasedStateMachine):
                     self.memory[self.slot(seq, position)] = content
         self.scheduled.clear()
         for seq, token_ids in self.model.items():
-            read = [self.memory.get(self.slot(seq, i)) for i in range(len(token_ids))]
+            if seq.host_block_ids:
+                on_host = [self.host_memory[place] for place in seq.host_block_ids]
+                read = list(itertools.chain.from_iterable(on_host))[: len(token_ids)]
+            else:
+                read = [self.memory.get(self.slot(seq, i)) for i in range(len(token_ids))]
             assert read == contents(token_ids)
+
+    @staticmethod
+    def slots(block_id: int) -> range:
+        return range(block_id * BLOCK_SIZE, (block_id + 1) * BLOCK_SIZE)
 
     def slot(self, seq: Sequence, position: int) -> int:
         return seq.block_ids[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
@@ -462,15 +534,16 @@ class BlockManagerMachine(RuleBasedStateMachine):
         tables = sum(len(seq.block_ids) for seq in self.model)
         assert (stats.used, stats.free) == (len(owned), stats.num_blocks - len(owned))
         assert stats.saved == tables - len(owned)
-        held = {self.slot(seq, i) for seq, ids in self.model.items() for i in range(len(ids))}
+        held = {self.slot(seq, i) for seq in self.live() for i in range(len(self.model[seq]))}
         assert stats.wasted_slots == stats.allocated_slots - len(held)
 
     def teardown(self) -> None:
         self.run_step()
         for seq in self.model:
             self.manager.free(seq)
+            self.manager.free_swapped(seq)
         self.manager.check_invariants()
-        assert self.manager.stats().used == 0
+        assert (self.manager.stats().used, self.manager.stats().host_used) == (0, 0)
 
 
 TestBlockManagerMachine = BlockManagerMachine.TestCase
@@ -483,13 +556,13 @@ TestBlockManagerMachine.settings = settings(
 def test_long_random_run_equals_the_model(seed):
     rng = random.Random(seed)
     machine = BlockManagerMachine()
-    for _ in range(1500):
-        match rng.choices(range(7), (4, 8, 3, 5, 6, 0.1, 2))[0]:
+    for _ in range(2500):
+        match rng.choices(range(10), (4, 8, 3, 5, 6, 0.1, 2, 2, 6, 1))[0]:
             case 0:
                 machine.start(rng.randint(0, 1), rng.randint(1, 18), rng.randint(0, 30), None)
             case 1 if machine.has_idle():
                 machine.append(rng.randrange(99), rng.choices(range(3), k=rng.randint(1, 6)))
-            case 2 if machine.model:
+            case 2 if machine.has_live():
                 machine.fork(rng.randrange(99))
             case 3 if machine.has_idle():
                 machine.free(rng.randrange(99))
@@ -497,10 +570,17 @@ def test_long_random_run_equals_the_model(seed):
                 machine.run_step()
             case 5:
                 machine.clear_cache()
-            case 6 if machine.model:
+            case 6 if machine.has_live():
                 token_ids = rng.choices(range(3), k=rng.randint(1, 6))
                 machine.share_prefix(rng.randrange(99), rng.randint(1, 4), token_ids)
+            case 7 if machine.has_idle():
+                machine.swap_out(rng.randrange(99), rng.randint(1, 4))
+            case 8 if machine.swapped:
+                machine.swap_in(rng.randrange(99))
+            case 9 if machine.swapped:
+                machine.free_swapped(rng.randrange(99))
         machine.nothing_is_broken()
     stats = machine.manager.stats()
-    assert min(stats.copies, stats.evictions) > 10, "the run did not exercise what it should"
+    counts = (stats.copies, stats.evictions, stats.swapped_out, stats.swapped_in, stats.host_hits)
+    assert min(counts) > 10, f"the run did not exercise what it should: {counts}"
     machine.teardown()
