@@ -64,7 +64,8 @@ class SchedulerConfig:
         long_prefill_token_threshold: the most prompt tokens one sequence gets in a step; 0 for no
             limit but the budget.
         admission_watermark: share of the pool that admission leaves free for the sequences already
-            running.
+            running. With less, an overloaded engine preempts what it has just admitted: docs/paper.md
+            has the throughput and the recomputed tokens of 1 to 10 %.
     """
 
     max_model_len: int
@@ -72,7 +73,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 2048
     policy: SchedulingPolicy = "fcfs"
     long_prefill_token_threshold: int = 0
-    admission_watermark: float = 0.01
+    admission_watermark: float = 0.05
 
     def __post_init__(self) -> None:
         check_at_least("max_model_len", self.max_model_len, 2)
