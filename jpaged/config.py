@@ -64,8 +64,8 @@ class SchedulerConfig:
         long_prefill_token_threshold: the most prompt tokens one sequence gets in a step; 0 for no
             limit but the budget.
         admission_watermark: share of the pool that admission leaves free for the sequences already
-            running. With less, an overloaded engine preempts what it has just admitted: docs/paper.md
-            has the throughput and the recomputed tokens of 1 to 10 %.
+            running. With less, an overloaded engine preempts what it has just admitted:
+            docs/paper.md has the throughput and the recomputed tokens of 1 to 10 %.
     """
 
     max_model_len: int

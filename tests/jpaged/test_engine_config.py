@@ -73,11 +73,15 @@ def test_swap_space_is_at_most_the_hosts_memory(monkeypatch):
 
 def test_swap_space_that_is_left_open_is_taken_only_where_it_is_needed(monkeypatch):
     assert (EngineConfig().swaps, EngineConfig().swap_bytes) == (False, 0)
-    for options in ({"preemption_mode": "swap"}, {"preemption_mode": "auto"}, {"host_cache": True}):
+    for config in (
+        EngineConfig(preemption_mode="swap"),
+        EngineConfig(preemption_mode="auto"),
+        EngineConfig(host_cache=True),
+    ):
         monkeypatch.setattr(platform, "host_memory_bytes", lambda: 100 << 30)
-        assert EngineConfig(**options).swap_bytes == 4 << 30
+        assert config.swap_bytes == 4 << 30
         monkeypatch.setattr(platform, "host_memory_bytes", lambda: 8 << 30)
-        assert EngineConfig(**options).swap_bytes == 2 << 30
+        assert config.swap_bytes == 2 << 30
 
 
 def test_an_unknown_option_names_the_nearest_one():

@@ -173,7 +173,7 @@ def test_a_full_host_pool_means_computing_again(tiny_options, roomy):
         LLM(**tiny_options, preemption_mode="swap", swap_space=0.9 * block_bytes / 2**30)
 
 
-def test_automatic_choice_measures_both_costs(tiny_options):
+def test_automatic_choice_measures_both_costs(monkeypatch, tiny_options):
     with LLM(**tiny_options | SMALL, preemption_mode="auto") as llm:
         assert (llm.stats().block_copy_s, llm.stats().prefill_token_s) == (None, None)
         _run(llm, PROMPTS, GREEDY)
@@ -185,7 +185,7 @@ def test_automatic_choice_measures_both_costs(tiny_options):
         # Computing is now dear, and then cheap.
         llm.engine.preemption.seconds_per_token = 1e6
         before = llm.stats().scheduler
-        llm.engine.preemption.note_prefill = lambda *_: None
+        monkeypatch.setattr(llm.engine.preemption, "note_prefill", lambda *_: None)
         _run(llm, PROMPTS, GREEDY)
         middle = llm.stats().scheduler
         llm.engine.preemption.seconds_per_token = 1e-12
