@@ -78,12 +78,11 @@ class Paged:
         # Equal in the shared prefix, different from all others behind it.
         own = job.prompt_tokens - job.prefix_tokens
         prompt = [0] * job.prefix_tokens + [job.index + 1] * own
-        request = Request(str(job.index), prompt, _params(job.num_seqs))
+        group = self._groups[str(job.index)] = _Group(job)
+        params = _params(job.num_seqs)
+        is_search = bool(group.parents)
+        request = Request(str(job.index), prompt, params, is_beam_search=is_search)
         self.scheduler.add_request(request)
-        group = self._groups[request.request_id] = _Group(job)
-        if group.parents:
-            for seq in request.sequences:
-                seq.max_length = job.prompt_tokens + 1
 
     def start_step(self) -> StepWork | None:
         """Asks the scheduler and counts what it wants done."""
@@ -93,7 +92,7 @@ class Paged:
             if seq in sampled:
                 # The token that waited for the other beams': it is sampled again.
                 sampled.remove(seq)
-                seq.num_pending = 0
+                self.scheduler.drop_token(seq)
         if output.is_empty:
             return None
         singles = output.num_decodes
@@ -167,30 +166,11 @@ class Paged:
         """Continues the beams as in the replayed search; the first tokens all follow the prompt."""
         group.sampled.clear()
         output = len(request.sequences[0].token_ids) - group.job.prompt_tokens
-        if output == 0:
-            group.beams = list(request.sequences)
-        else:
+        chosen = list(request.sequences)
+        if output > 0:
             parents = group.parents[(output - 1) % len(group.parents)]
-            group.beams = self._rearrange([group.beams[parent] for parent in parents])
-        for seq in group.beams:
-            seq.max_length = len(seq.token_ids) + 2
-            self.scheduler.append_token(seq, 0)
-
-    def _rearrange(self, parents: list[Sequence]) -> list[Sequence]:
-        """The sequences of the next beams: the first to continue one stays, others fork from it."""
-        manager, kept = self.scheduler.block_manager, dict.fromkeys(parents)
-        dropped = [seq for seq in parents[0].request.sequences if seq not in kept]
-        for seq in dropped:
-            manager.free(seq)
-        beams = []
-        for parent in parents:
-            if parent in kept:
-                del kept[parent]
-                beams.append(parent)
-            else:
-                beams.append(dropped.pop())
-                manager.fork(parent, beams[-1])
-        return beams
+            chosen = [group.beams[parent] for parent in parents]
+        group.beams = self.scheduler.advance_beams(request, [(seq, 0) for seq in chosen])
 
     def _copy_s(self, num_tokens: int) -> float:
         assert self.link is not None
