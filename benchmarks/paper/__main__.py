@@ -10,6 +10,7 @@ instead of an hour: it shows that everything runs, its numbers mean nothing.
 """
 
 import argparse
+import importlib.util
 import os
 import time
 from collections.abc import Sequence
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(arguments)
     if args.quick and args.out == RESULTS:
         parser.error("--quick needs --out: its numbers do not belong among the results")
+    if not args.no_plots and importlib.util.find_spec("matplotlib") is None:
+        parser.error('plots need matplotlib: pip install "jpaged[plots]", or give --no-plots')
     common.load_workloads(args.workloads)
 
     pool = Pool(args.workers)
