@@ -1,4 +1,4 @@
-"""Few rows times a large weight on Hopper: a ring of TMA copies that feeds wgmma.
+"""Rows times a large weight on Hopper: a ring of TMA copies that feeds wgmma.
 
 A decode step multiplies 1 to 256 rows by every weight of the model once, so the time is that of
 reading the weights; a kernel is as fast as the bytes it keeps in flight on every multiprocessor.
@@ -25,6 +25,8 @@ from jpaged.pallas_kernels import mosaic_gpu
 from jpaged.pallas_kernels.linear.api import Activation
 
 MAX_ROWS = 1024
+# With the activation many rows are served as well: XLA computes it in a pass of its own.
+MAX_ACTIVATION_ROWS = 64 * 1024
 # Rows of one wgmma; fewer rows cost the same tensor time, which few rows have to spare.
 WGMMA_ROWS = 64
 # Bytes of a row of a staging tile: the widest swizzle, so stores to it meet no bank conflicts.
@@ -66,6 +68,8 @@ class Config:
         rows: Rows of one consumer: 64 or 128.
         cluster: Programs of neighbouring tiles that load each piece of `x` once for all of them.
         in_flight: Steps whose products may run while the next one's are issued: 0 or 1.
+        band: Tiles of rows that go through all columns before the next ones do, so that L2 holds
+            their rows; None: all of them.
     """
 
     tile_n: int
@@ -77,6 +81,7 @@ class Config:
     rows: int = WGMMA_ROWS
     cluster: int = 1
     in_flight: int = 1
+    band: int | None = None
 
     @property
     def tile_m(self) -> int:
@@ -93,6 +98,10 @@ class Config:
         return -(-m // self.tile_m) * (n // self.tile_n) * self.num_splits
 
 
+# The best of what was tried at 2,048 to 16,384 rows and 28,672 columns (docs/kernels.md).
+_MANY_ROWS = Config(tile_n=256, consumers=2, band=16)
+
+
 def unsupported_reasons(
     m: int,
     k: int,
@@ -106,8 +115,9 @@ def unsupported_reasons(
     reasons = []
     if jnp.dtype(dtype) not in _DTYPES:
         reasons.append(f"dtype must be bfloat16 or float16, got {jnp.dtype(dtype)}")
-    if not 1 <= m <= MAX_ROWS:
-        reasons.append(f"serves 1 to {MAX_ROWS} rows, got {m}")
+    max_rows = MAX_ACTIVATION_ROWS if activation else MAX_ROWS
+    if not 1 <= m <= max_rows:
+        reasons.append(f"serves 1 to {max_rows} rows, got {m}")
     if k % 64:
         reasons.append(f"the depth must be a multiple of 64, got {k}")
     elif k // 64 % num_splits:
@@ -141,6 +151,8 @@ def choose_config(
     Raises:
         ValueError: No tile fits.
     """
+    if m > MAX_ROWS and n % _MANY_ROWS.tile_n == 0:
+        return _MANY_ROWS
     if activation:
         splits = [1]
     elif num_splits is None:
@@ -298,6 +310,7 @@ def _kernel(
     # Clusters take work in this order: the tiles of rows that share a piece of the weight run
     # next to each other, so that L2 answers all but the first.
     groups = m_tiles * (n_tiles // cluster) * splits
+    band = min(config.band or m_tiles, m_tiles)
     grid = min(groups, max(1, mosaic_gpu.num_sms() // cluster))
 
     chunk, staging = _staging(config, width, out_dtype.itemsize)
@@ -309,7 +322,14 @@ def _kernel(
 
     def work(group: Array) -> tuple[Array, Array, Array]:
         """Row tile, column tile and split of a piece of work."""
-        m_tile, rest = lax.rem(group, m_tiles), lax.div(group, m_tiles)
+        if band < m_tiles:
+            whole = band * (n_tiles // cluster) * splits
+            first = lax.div(group, whole) * band
+            group = lax.rem(group, whole)
+            height = jnp.minimum(band, m_tiles - first)
+            m_tile, rest = first + lax.rem(group, height), lax.div(group, height)
+        else:
+            m_tile, rest = lax.rem(group, m_tiles), lax.div(group, m_tiles)
         n_tile = lax.rem(rest, n_tiles // cluster) * cluster
         if cluster > 1:
             n_tile += lax.axis_index("cluster")

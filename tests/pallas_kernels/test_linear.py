@@ -78,6 +78,7 @@ KERNEL_CASES = {
     "three_consumers": (130, 64, 64, Config(tile_n=64, stages=2, consumers=3), {}),
     "128_rows_each": (129, 64, 64, Config(tile_n=64, stages=2, consumers=2, rows=128), {}),
     "row_tiles": (256, 64, 64, Config(tile_n=64, stages=2, consumers=2), {}),
+    "bands": (320, 64, 128, Config(tile_n=64, stages=2, band=2), {}),
     "cluster": (64, 128, 128, Config(tile_n=64, stages=2, cluster=2), {}),
     "no_overlap": (8, 192, 64, Config(tile_n=64, stages=2, in_flight=0), {}),
     "deep_stages": (8, 256, 64, Config(tile_n=64, tile_k=128, stages=2), {}),
@@ -141,8 +142,11 @@ def test_persistent_programs_have_no_races(k, n, config, out_dtype, interpret, m
 
 
 @needs_gpu_interpreter
-@pytest.mark.parametrize("m", [1, 64, 128, 192, 256, 384, 640, 1024])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "m"),
+    [(name, m) for name in SHAPES for m in (1, 64, 128, 192, 256, 384, 640, 1024)]
+    + [("gate_up", m) for m in (1280, 16384)],
+)
 def test_chosen_config_lowers_for_cuda(name, m):
     k, n, activation, transposed = SHAPES[name]
     config = kernel.choose_config(m, k, n, activation=activation)
@@ -165,6 +169,14 @@ def test_narrow_weights_are_split_to_fill_the_chip(m, name):
     k, n, *_ = SHAPES[name]
     config = kernel.choose_config(m, k, n)
     assert config.num_programs(m, n) >= 0.7 * device.num_sms()
+
+
+def test_only_the_activation_takes_many_rows():
+    assert kernel.unsupported_reasons(16384, 4096, 28672, BF16, activation="silu_mul") == []
+    assert kernel.choose_config(16384, 4096, 28672, activation="silu_mul").band == 16
+    assert kernel.choose_config(1024, 4096, 28672, activation="silu_mul").band is None
+    (reason,) = kernel.unsupported_reasons(65537, 4096, 28672, BF16, activation="silu_mul")
+    assert "65536 rows, got 65537" in reason
 
 
 @pytest.mark.parametrize("wanted", [1, 2, 7])
