@@ -359,6 +359,7 @@ class Engine:
         self._is_shut_down = True
         self._in_flight.clear()
         self.runner.shutdown()
+        platform.return_freed_memory()
 
 
 def _state_of(request: Request) -> _EngineState:

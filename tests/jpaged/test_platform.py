@@ -210,3 +210,30 @@ def test_host_memory_is_the_machines_or_its_cgroups(monkeypatch, tmp_path):
     for text, expected in (("max\n", machine), ("4096\n", 4096), (f"{2**63 - 1}\n", machine)):
         limit.write_text(text)
         assert platform.host_memory_bytes() == expected
+
+
+def test_freed_memory_goes_back_to_the_system():
+    program = """if True:
+        import resource
+        from jpaged import platform
+
+        def resident():
+            with open("/proc/self/statm") as file:
+                return int(file.read().split()[1]) * resource.getpagesize()
+
+        # Small pieces with one at the end that stays: the heap cannot shrink by itself.
+        pieces = [bytearray(4000) for _ in range(20_000)]
+        last = bytearray(4000)
+        held = resident()
+        del pieces
+        platform.return_freed_memory()
+        print(held - resident())
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONMALLOC": "malloc"},
+    )
+    assert int(result.stdout) > 40_000_000
