@@ -171,23 +171,22 @@ class BlockSwapper:
         return copies
 
     def _reserve(self) -> None:
-        shape = (self._num_layers, *self._spec.shape(1)[1:])
-        zeros = np.zeros(shape, self._spec.dtype)
+        """Takes the memory of all places in one piece and leaves it to the allocator behind them.
+
+        Which keeps it; an array for every place now would be a million for a small model.
+        """
         num_places = len(self._blocks) - 1
+        shape = (num_places * self._num_layers, *self._spec.shape(1)[1:])
+        zeros = np.zeros(shape, self._spec.dtype)
         try:
-            if self._host_memory is None:
-                blocks = [zeros.copy() for _ in range(num_places)]
-            else:
-                blocks = jax.block_until_ready(
-                    jax.device_put([zeros] * num_places, self._host_memory)
-                )
+            if self._host_memory is not None:
+                jax.block_until_ready(jax.device_put(zeros, self._host_memory)).delete()
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             raise ValueError(
                 f"swap_space must fit in the host memory that the device can use, and "
-                f"{num_places * zeros.nbytes / 2**30:.1f} GiB do not: {str(error).splitlines()[0]}"
+                f"{zeros.nbytes / 2**30:.1f} GiB do not: {str(error).splitlines()[0]}"
             ) from error
-        self._blocks[1:] = blocks
-        logger.info("host pool: %d blocks, %.0f MB", num_places, num_places * zeros.nbytes / 1e6)
+        logger.info("host pool: %d blocks, %.0f MB", num_places, zeros.nbytes / 1e6)
 
     # Programs.
 

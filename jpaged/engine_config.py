@@ -60,8 +60,8 @@ class EngineConfig:
         preemption_mode: How running sequences make room for older ones: "recompute" forgets their
             blocks, "swap" moves them to the host while it has room, "auto" swaps groups of several
             sequences, and others where copying was measured to take less time than computing.
-        swap_space: GiB of host memory for swapped and cached blocks; 4, or a quarter of the host's
-            memory where that is less, if it is needed and None.
+        swap_space: GiB of host memory for swapped and cached blocks; if it is needed and None, 4,
+            or a quarter of the host's memory or eight times the pool where those are less.
         host_cache: Whether cached blocks that are evicted from the pool are kept in `swap_space`.
         max_logprobs: Largest `logprobs` and `prompt_logprobs` of a request; -1 for the vocabulary,
             0 leaves log-probabilities out of the compiled step.

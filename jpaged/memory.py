@@ -11,6 +11,9 @@ from jpaged.pallas_kernels import KVCacheSpec
 
 logger = logging.getLogger(__name__)
 
+HOST_BLOCKS_A_BLOCK = 8
+"""Of a host pool whose size is left open, at most: a small model's would have a million blocks."""
+
 
 def num_blocks(
     config: EngineConfig,
@@ -63,8 +66,16 @@ def num_blocks(
     return blocks
 
 
-def num_host_blocks(config: EngineConfig, spec: KVCacheSpec, *, num_layers: int) -> int:
+def num_host_blocks(
+    config: EngineConfig, spec: KVCacheSpec, *, num_layers: int, num_blocks: int
+) -> int:
     """Blocks of the host pool; 0 where nothing is ever swapped.
+
+    Args:
+        config: What the user set.
+        spec: One layer's blocks.
+        num_layers: Layers, each with a pool of its own.
+        num_blocks: Blocks of each pool.
 
     Raises:
         ValueError: `swap_space` does not hold a single block.
@@ -78,7 +89,9 @@ def num_host_blocks(config: EngineConfig, spec: KVCacheSpec, *, num_layers: int)
             f"swap_space must be at least a block's {block_bytes / 2**30:.3g} GiB, "
             f"got {config.swap_bytes / 2**30:.3g}"
         )
-    return blocks
+    return (
+        blocks if config.swap_space is not None else min(blocks, HOST_BLOCKS_A_BLOCK * num_blocks)
+    )
 
 
 def _bytes_left(utilization: float) -> int:

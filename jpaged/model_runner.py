@@ -159,14 +159,16 @@ class ModelRunner:
         self._params = loaded.params
         self._state = sampler.SamplerState.zeros(self._num_rows, vocab_size)
         num_layers = model_config.num_layers
-        self.num_host_blocks = memory.num_host_blocks(config, self.kv_spec, num_layers=num_layers)
-        beside = BlockSwapper.device_bytes(self.kv_spec, num_layers) if self.num_host_blocks else 0
+        beside = BlockSwapper.device_bytes(self.kv_spec, num_layers) if config.swaps else 0
         self.num_blocks = memory.num_blocks(
             config,
             scheduler_config,
             self.kv_spec,
             num_layers=num_layers,
             step_temp_bytes=lambda num_blocks: self._step_temp_bytes(shapes, num_blocks) + beside,
+        )
+        self.num_host_blocks = memory.num_host_blocks(
+            config, self.kv_spec, num_layers=num_layers, num_blocks=self.num_blocks
         )
         self._pools = self._allocate_pools()
         self._swapper: BlockSwapper | None = None

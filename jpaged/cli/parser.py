@@ -289,7 +289,7 @@ def _add_engine(command, *, for_requests: bool = True) -> None:
     )
     add(
         "--swap-space",
-        "GiB of host memory for swapped and cached blocks (default: 4 if it is needed)",
+        "GiB of host memory for swapped and cached blocks (default: up to 4 if it is needed)",
         type=float,
         metavar="GIB",
     )

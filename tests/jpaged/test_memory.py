@@ -95,9 +95,11 @@ def test_a_pool_too_small_for_one_sequence_is_refused_naming_what_to_raise(name)
 def test_host_blocks_are_what_the_swap_space_holds():
     def num_host_blocks(**options):
         config = EngineConfig(**options)
-        return memory.num_host_blocks(config, SPEC, num_layers=NUM_LAYERS)
+        return memory.num_host_blocks(config, SPEC, num_layers=NUM_LAYERS, num_blocks=3)
 
     assert num_host_blocks() == 0
+    # Left open it is gigabytes, but no more than can be of use.
+    assert num_host_blocks(preemption_mode="swap") == 3 * memory.HOST_BLOCKS_A_BLOCK
     gib = BLOCK_BYTES / 2**30
     assert num_host_blocks(preemption_mode="swap", swap_space=7.5 * gib) == 7
     assert num_host_blocks(host_cache=True, swap_space=1.01 * gib) == 1

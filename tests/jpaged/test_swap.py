@@ -202,7 +202,7 @@ def test_automatic_choice_measures_both_costs(monkeypatch, tiny_options):
 
 def test_evicted_prompts_come_back_from_the_host(tiny_options, roomy):
     expected = _run(roomy, PROMPTS, GREEDY)
-    with LLM(**tiny_options | SMALL, host_cache=True) as llm:
+    with LLM(**tiny_options | SMALL, host_cache=True, swap_space=1e-2) as llm:
         assert [_run(llm, [prompt], GREEDY)[0] for prompt in PROMPTS] == expected
         first = llm.stats().scheduler
         assert (first.blocks.host_hits, first.num_preemptions) == (0, 0)
