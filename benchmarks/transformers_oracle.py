@@ -7,7 +7,7 @@ import torch  # pyright: ignore[reportMissingImports]
 import transformers
 
 from jpaged.models.gguf import GGUFFile, GGUFSource, read_config
-from jpaged.models.loader import resolve_source
+from jpaged.models.sources import resolve_source
 
 
 def load_default_model() -> Any:

@@ -6,8 +6,8 @@ from jpaged import platform as _platform
 
 if TYPE_CHECKING:
     from jpaged.async_engine import AsyncLLM as AsyncLLM
-    from jpaged.async_engine import EngineDeadError as EngineDeadError
     from jpaged.engine_config import EngineConfig as EngineConfig
+    from jpaged.errors import EngineDeadError as EngineDeadError
     from jpaged.llm import LLM as LLM
     from jpaged.outputs import BeamSearchOutput as BeamSearchOutput
     from jpaged.outputs import BeamSearchSequence as BeamSearchSequence
@@ -29,7 +29,7 @@ _EXPORTS = {
     "BeamSearchSequence": "jpaged.outputs",
     "CompletionOutput": "jpaged.outputs",
     "EngineConfig": "jpaged.engine_config",
-    "EngineDeadError": "jpaged.async_engine",
+    "EngineDeadError": "jpaged.errors",
     "LLM": "jpaged.llm",
     "Logprob": "jpaged.outputs",
     "RequestOutput": "jpaged.outputs",

@@ -11,16 +11,13 @@ from typing import Any, Self
 from jpaged import platform
 from jpaged.engine import Engine, EngineStats
 from jpaged.engine_config import EngineConfig
+from jpaged.errors import EngineDeadError
 from jpaged.outputs import RequestOutput
 from jpaged.prompts import Prompt
 from jpaged.sampling_params import SamplingParams
 from jpaged.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-
-class EngineDeadError(RuntimeError):
-    """The engine's thread has ended with an error; nothing more can run."""
 
 
 class _Stream:

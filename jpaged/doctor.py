@@ -178,7 +178,7 @@ def _choices(backend: str, devices: list[dict[str, Any]]) -> dict[str, dict[str,
 
 def _examine_default_model(report: Report) -> None:
     try:
-        from jpaged.models.loader import DEFAULT_MODEL, resolve_source
+        from jpaged.models.sources import DEFAULT_MODEL, resolve_source
 
         path = resolve_source(None)
         report["default_model"] = {

@@ -15,7 +15,7 @@ from jpaged.chat_template import render_chat_template
 from jpaged.gguf_tokenizer import backend_from_gguf
 from jpaged.models.config import as_token_ids
 from jpaged.models.gguf import GGUFFile
-from jpaged.models.loader import read_json, resolve_source
+from jpaged.models.sources import read_json, resolve_source
 
 _OLDER_FILES = ("tokenizer.model", "vocab.json")
 _CONTEXT_IDS = 6  # enough of a prompt's end to decode the first new token as its neighbour would

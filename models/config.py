@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
-from jpaged.models.rope import RopeScaling
+from jpaged.models.rope_scaling import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from jpaged.models.config import ModelConfig
-from jpaged.models.rope import RopeScaling
+from jpaged.models.rope_scaling import RopeScaling
 
 # llama also covers Mistral; its converters interleave the rows of q and k, the others do not.
 FAMILIES: Mapping[str, str] = {

@@ -9,7 +9,7 @@ import jax
 
 from jpaged.models.causal_lm import CausalLM, Params
 from jpaged.models.config import ModelConfig
-from jpaged.models.rope import RopeScaling
+from jpaged.models.rope_scaling import RopeScaling
 
 _CONFIG, _PARAMS = "jpaged_config.json", "params"
 

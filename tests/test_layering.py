@@ -19,13 +19,16 @@ HOST_MODULES = (
     "block_pool",
     "host_pool",
     "host_tier",
+    "output_processor",
     "outputs",
     "preemption",
     "prefix_cache",
+    "prompts",
     "request",
     "sampling_params",
     "scheduler",
     "scheduler_output",
+    "tokenizer",
 )
 DEVICE_PACKAGES = {"jax", "jaxlib", "flax"}
 

@@ -11,7 +11,7 @@ from tiny_models import CASES, make_weights, write_checkpoint
 
 from jpaged.models import load_model
 from jpaged.models.gguf import GGUFFile, GGUFSource, read_config
-from jpaged.models.loader import resolve_source
+from jpaged.models.sources import resolve_source
 
 STEMS = {
     "self_attn.q_proj": "attn_q",

@@ -11,7 +11,7 @@ from helpers import needs_default_model
 from tiny_models import CASES, write_checkpoint
 
 from jpaged.models import DEFAULT_MODEL, load_model, loader, open_model, orbax_io
-from jpaged.models.loader import resolve_source
+from jpaged.models.sources import resolve_source
 
 
 @needs_default_model
