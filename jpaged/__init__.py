@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from jpaged.sampling_params import BeamSearchParams as BeamSearchParams
     from jpaged.sampling_params import RequestOutputKind as RequestOutputKind
     from jpaged.sampling_params import SamplingParams as SamplingParams
+    from jpaged.structured_outputs_params import (
+        StructuredOutputsParams as StructuredOutputsParams,
+    )
 
 __version__ = "0.1.0"
 
@@ -35,6 +38,7 @@ _EXPORTS = {
     "RequestOutput": "jpaged.outputs",
     "RequestOutputKind": "jpaged.sampling_params",
     "SamplingParams": "jpaged.sampling_params",
+    "StructuredOutputsParams": "jpaged.structured_outputs_params",
 }
 
 __all__ = [
@@ -50,6 +54,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
 ]
 
 _platform.set_allocator_limits()

@@ -10,7 +10,9 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
-from typing import Literal, TypeGuard
+from typing import Any, Literal, TypeGuard
+
+from jpaged.structured_outputs_params import StructuredOutputsParams
 
 GREEDY_EPSILON = 1e-5
 """A temperature below this means greedy sampling."""
@@ -86,6 +88,10 @@ class SamplingParams:
         early_stopping: of beam search, once `best_of` continuations are complete: True ends it;
             False goes on while the best beam, scored at its present length, beats the worst of
             them; "never" the same, but scored at the greatest length where length is favoured.
+        structured_outputs: the form that the output must have; a mapping is taken for its fields.
+            Output ends where it is complete, whatever `min_tokens` says. Where `allowed_token_ids`
+            or `bad_words` would leave no token that the form allows, they give way. Does not work
+            with `ignore_eos` or beam search.
     """
 
     n: int = 1
@@ -116,6 +122,7 @@ class SamplingParams:
     best_of: int | None = None
     length_penalty: float = 1.0
     early_stopping: EarlyStopping = False
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Normalises every field and refuses what no model could do.
@@ -135,6 +142,7 @@ class SamplingParams:
             raise ValueError(
                 f"output_kind must be one of {kinds}, got {self.output_kind!r}"
             ) from None
+        self._check_structured_outputs()
         self._check_beam_search()
         if self.is_greedy and self.n > 1 and not self.use_beam_search:
             raise ValueError(
@@ -232,6 +240,21 @@ class SamplingParams:
             raise ValueError(
                 f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}"
             )
+
+    def _check_structured_outputs(self) -> None:
+        given = self.structured_outputs
+        if given is None:
+            return
+        if isinstance(given, Mapping):
+            self._set("structured_outputs", StructuredOutputsParams.from_dict(given))
+        elif not isinstance(given, StructuredOutputsParams):
+            raise ValueError(
+                f"structured_outputs must be StructuredOutputsParams, a mapping or None, got "
+                f"{given!r}"
+            )
+        for name in ("use_beam_search", "ignore_eos"):
+            if getattr(self, name):
+                raise ValueError(f"structured_outputs does not work with {name}=True")
 
     def _check_beam_search(self) -> None:
         """Refuses what beam search cannot do, and its fields without it."""

@@ -1,0 +1,90 @@
+"""`StructuredOutputsParams`: one form, normalised, everything else refused by name."""
+
+import pytest
+
+from jpaged import SamplingParams, StructuredOutputsParams
+from jpaged.structured_outputs_params import MAX_SPEC_CHARS
+
+
+def test_schemas_are_equal_and_hashable_however_they_are_given():
+    schema = {"type": "object", "properties": {"é": {"type": "null"}}}
+    by_mapping = StructuredOutputsParams(json=schema)
+    by_text = StructuredOutputsParams(
+        json='{"type":  "object", "properties": {"\\u00e9": {"type": "null"}}}'
+    )
+    assert by_mapping == by_text
+    assert hash(by_mapping) == hash(by_text)
+    assert isinstance(by_mapping.json, str)
+
+
+def test_booleans_are_schemas():
+    assert StructuredOutputsParams(json=True).json == "true"
+    assert StructuredOutputsParams(json=False).json == "false"
+
+
+def test_choices_are_kept_as_a_tuple_without_repeats():
+    assert StructuredOutputsParams(choice=["a", "b", "a"]).choice == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({}, "exactly one of json, regex, choice, grammar, json_object, got none"),
+        ({"json": {}, "regex": "a"}, "exactly one of .*, got json and regex"),
+        ({"json": False, "json_object": True}, "got json and json_object"),
+        ({"json": "[1]"}, "an object or a boolean, got \\[1\\]"),
+        ({"json": "{"}, "json must be a JSON schema: Expecting"),
+        ({"json": {"a": float("nan")}}, "json must be a JSON schema: Out of range"),
+        ({"json": {"a": {1, 2}}}, "json must be a JSON schema: Object of type set"),
+        ({"json": "[" * 100_000}, "nested too deeply"),
+        ({"json": '{"a": "\\ud800"}'}, "json must be Unicode text"),
+        ({"regex": ""}, "regex must not be empty"),
+        ({"regex": 5}, "regex must be text, got 5"),
+        ({"grammar": "\ud800"}, "grammar must be Unicode text"),
+        ({"choice": "a"}, "choice must be a list of strings, got 'a'"),
+        ({"choice": []}, "at least 1 string, got 0"),
+        ({"choice": ["a", ""]}, "choice must not be empty"),
+        ({"choice": [["a"]]}, "choice must be text"),
+        ({"json_object": "yes"}, "json_object must be True or False, got 'yes'"),
+        ({"regex": "a", "disable_any_whitespace": True}, "needs json or json_object, got regex"),
+        ({"choice": ["a"], "whitespace_pattern": " "}, "needs json or json_object, got choice"),
+        (
+            {"json": {}, "whitespace_pattern": " ", "disable_any_whitespace": True},
+            "whitespace_pattern must be None with disable_any_whitespace=True",
+        ),
+        ({"regex": "a" * (MAX_SPEC_CHARS + 1)}, f"at most {MAX_SPEC_CHARS} characters"),
+        ({"json": '"' + "a" * MAX_SPEC_CHARS + '"'}, f"more than {MAX_SPEC_CHARS}"),
+        ({"choice": ["a" * MAX_SPEC_CHARS, "b"]}, "choice must have at most"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(fields, match):
+    with pytest.raises(ValueError, match=match):
+        StructuredOutputsParams(**fields)
+
+
+def test_an_unknown_field_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"fields among json, regex, .*, got 'structural_tag'"):
+        StructuredOutputsParams.from_dict({"structural_tag": "x"})
+
+
+def test_sampling_params_take_a_mapping():
+    params = SamplingParams(structured_outputs={"choice": ["a"]})
+    assert params.structured_outputs == StructuredOutputsParams(choice=("a",))
+    assert hash(params) == hash(SamplingParams(structured_outputs={"choice": ["a"]}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"use_beam_search": True, "temperature": 0}, "does not work with use_beam_search=True"),
+        ({"ignore_eos": True}, "structured_outputs does not work with ignore_eos=True"),
+    ],
+)
+def test_conflicting_sampling_params_are_refused(fields, match):
+    with pytest.raises(ValueError, match=match):
+        SamplingParams(structured_outputs={"regex": "a"}, **fields)
+
+
+def test_other_types_are_refused():
+    with pytest.raises(ValueError, match=r"must be StructuredOutputsParams, a mapping or None"):
+        SamplingParams(structured_outputs="json")  # pyright: ignore[reportArgumentType]
