@@ -3,8 +3,10 @@
 Host only. A step brings the candidates of each beam; when those of all beams are there,
 `BeamSearch` chooses and the sequences of the group are rearranged: who continues, who is dropped,
 who forks. Until then the tokens that were sampled count as pending, and no beam is scheduled.
+`BeamGroup` does that; `BeamOutputs` makes texts of what was found, maybe in another process.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,28 +24,28 @@ if TYPE_CHECKING:
 _NOTHING_FOUND = Hypothesis([], 0.0, 0.0, None)
 
 
-class BeamOutputs(RequestOutputs):
-    """What the engine keeps of a request under beam search."""
+class BeamGroup:
+    """The search of one request, and the sequences that are its beams.
+
+    Attributes:
+        search: what was found so far.
+
+    Args:
+        request: with as many sequences as the search has beams.
+        params: of the request.
+        max_tokens: most tokens of a beam.
+        num_logprobs: most likely tokens that a step brings for each beam.
+    """
 
     def __init__(
         self,
         request: Request,
         params: "SamplingParams",
-        tokenizer: Tokenizer | None,
         *,
         max_tokens: int,
         num_logprobs: int,
     ) -> None:
-        """Starts the search.
-
-        Args:
-            request: with as many sequences as the search has beams.
-            params: of the request.
-            tokenizer: of the model, if there is one.
-            max_tokens: most tokens of a beam.
-            num_logprobs: most likely tokens that a step brings for each beam.
-        """
-        super().__init__(request, params, tokenizer)
+        self._request = request
         self.search = BeamSearch(
             beam_width=params.num_seqs,
             max_tokens=max_tokens,
@@ -59,7 +61,6 @@ class BeamOutputs(RequestOutputs):
     def take(self, seq: Sequence, candidates: TokenLogprobs) -> None:
         """Takes the candidates of one sequence; `settle` is to follow."""
         self._candidates[seq] = candidates
-        self.note_token()
 
     def settle(self, scheduler: "Scheduler") -> bool:
         """Rearranges the group if all candidates are there; whether that ended the search.
@@ -67,7 +68,7 @@ class BeamOutputs(RequestOutputs):
         Those of a group that was preempted before it had all of them are given up: they are
         computed again with the others.
         """
-        seqs = self.request.unfinished
+        seqs = self._request.unfinished
         if len(self._candidates) < len(seqs):
             is_preempted = seqs[0].status is SequenceStatus.PREEMPTED
             if is_preempted and any(seq.num_pending == 0 for seq in seqs):
@@ -87,14 +88,35 @@ class BeamOutputs(RequestOutputs):
                 scheduler.finish_sequence(seq, "stop")
             return True
         choices = [(self._beams[parent], token_id) for parent, token_id in chosen]
-        self._beams = scheduler.advance_beams(self.request, choices)
+        self._beams = scheduler.advance_beams(self._request, choices)
         return False
+
+
+class BeamOutputs(RequestOutputs):
+    """What the caller sees of a request under beam search.
+
+    Args:
+        request: with as many sequences as the search has beams.
+        params: of the request.
+        tokenizer: of the model, if there is one.
+        results: gives so many of the best hypotheses, best first, once the request has ended.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        params: "SamplingParams",
+        tokenizer: Tokenizer | None,
+        results: Callable[[int], list[Hypothesis]],
+    ) -> None:
+        super().__init__(request, params, tokenizer)
+        self._results = results
 
     def completions(self) -> list[CompletionOutput]:
         """The best hypotheses once the request has ended; nothing before."""
         if not self.request.is_finished:
             return []
-        found = self.search.results(self.params.n)
+        found = self._results(self.params.n)
         found += [_NOTHING_FOUND] * (self.params.n - len(found))  # aborted before the first token
         return [self._completion(index, hypothesis) for index, hypothesis in enumerate(found)]
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jpaged import platform
-from jpaged.beam_outputs import BeamOutputs
+from jpaged.beam_outputs import BeamGroup, BeamOutputs
 from jpaged.block_manager import BlockManager
 from jpaged.config import SchedulerConfig
 from jpaged.engine_config import EngineConfig
@@ -24,12 +24,14 @@ from jpaged.models.loader import load_model
 from jpaged.output_processor import RequestOutputs
 from jpaged.outputs import RequestOutput
 from jpaged.preemption import PreemptionPolicy
-from jpaged.prompts import Prompt, parse_prompt
+from jpaged.prompts import Prompt
 from jpaged.request import Request
+from jpaged.request_reader import RequestLimits, RequestReader
 from jpaged.sampling_params import SamplingParams
 from jpaged.sampling_rows import RequestSampling
 from jpaged.scheduler import Scheduler
 from jpaged.scheduler_output import SchedulerOutput, SchedulerStats
+from jpaged.token_outputs import TokenOutputs
 from jpaged.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -59,15 +61,23 @@ class EngineStats:
 class _EngineState:
     """What the engine keeps of a request."""
 
-    outputs: RequestOutputs
+    outputs: RequestOutputs | TokenOutputs
     sampling: RequestSampling
+    beams: BeamGroup | None
 
 
 class Engine:
-    """Runs requests to their end, step by step."""
+    """Runs requests to their end, step by step.
 
-    def __init__(self, config: EngineConfig) -> None:
+    Args:
+        config: What the user set.
+        with_text: Whether it makes texts, and ends sequences where they have a stop string. Without
+            it `advance` is to be called instead of `step`, and each request's `outputs_of` read.
+    """
+
+    def __init__(self, config: EngineConfig, *, with_text: bool = True) -> None:
         self.config = config
+        self._with_text = with_text
         platform.set_compilation_cache(config.compilation_cache_dir)
         loaded = load_model(
             config.model,
@@ -89,11 +99,21 @@ class Engine:
             on_copy_in=self.preemption.note_copies if self._is_timed else None,
         )
         self.tokenizer: Tokenizer | None = None
+        self.tokenizer_source: str | None = None
         if not config.skip_tokenizer_init:
-            self.tokenizer = load_tokenizer(config.tokenizer or loaded.source)
+            self.tokenizer_source = config.tokenizer or str(loaded.source)
+            self.tokenizer = load_tokenizer(self.tokenizer_source)
         ends = () if self.tokenizer is None else self.tokenizer.eos_token_ids
         # A checkpoint may name the end of a turn in its tokenizer only.
         self.eos_token_ids = tuple(dict.fromkeys((*loaded.config.eos_token_ids, *ends)))
+        limits = RequestLimits(
+            vocab_size=loaded.config.vocab_size,
+            max_model_len=scheduler_config.max_model_len,
+            max_num_seqs=scheduler_config.max_num_seqs,
+            max_logprobs=config.max_logprobs,
+            eos_token_ids=self.eos_token_ids,
+        )
+        self._reader = RequestReader(limits, self.tokenizer)
         self._start_scheduler(scheduler_config)
         self._in_flight: deque[StepHandle] = deque()
         self._rng = np.random.default_rng(config.seed)
@@ -102,7 +122,7 @@ class Engine:
         self._num_discarded_tokens = 0
         self._host_time_s = 0.0
         self._last_result_s = 0.0
-        self._finished_early: list[RequestOutput] = []
+        self._finished_early: list[Request] = []
         self._is_shut_down = False
 
     def _start_scheduler(self, scheduler_config: SchedulerConfig) -> None:
@@ -134,57 +154,34 @@ class Engine:
         """
         if self._is_shut_down:
             raise RuntimeError("the engine was shut down and takes no more requests")
-        if not isinstance(priority, int):
-            raise ValueError(f"priority must be an integer, got {priority!r}")
-        config = self.model_config
-        parsed = parse_prompt(prompt, self.tokenizer, config.vocab_size)
-        token_ids = parsed.token_ids
-        if len(token_ids) >= self.max_model_len:
-            raise ValueError(
-                f"prompt must be at most {self.max_model_len - 1} tokens so that one can follow "
-                f"within max_model_len={self.max_model_len}, got {len(token_ids)}"
-            )
-        params.validate(
-            vocab_size=config.vocab_size,
-            max_logprobs=self.config.max_logprobs,
-            max_num_seqs=self.scheduler.config.max_num_seqs,
-            eos_token_ids=self.eos_token_ids,
-        )
-        needs_text = "stop" if params.stop else "bad_words" if params.bad_words else None
-        if needs_text and self.tokenizer is None:
-            raise ValueError(f"{needs_text} needs a tokenizer, and this model has none")
-        request = Request(
-            request_id,
-            token_ids,
-            params,
-            prompt=parsed.text,
-            arrival_time=time.monotonic(),
-            priority=priority,
-            cache_salt=parsed.cache_salt,
-            eos_token_ids=self.eos_token_ids,
-            skip_prefix_cache=params.prompt_logprobs is not None,
-            num_seqs=params.num_seqs,
-            is_beam_search=params.use_beam_search,
-        )
+        request = self._reader.read(request_id, prompt, params, priority=priority)
         sampling = RequestSampling(
             params,
-            vocab_size=config.vocab_size,
+            vocab_size=self.model_config.vocab_size,
             eos_token_ids=self.eos_token_ids,
             encode=self._encode_bare if self.tokenizer is not None else None,
         )
         max_length = self.scheduler.check_request(request)
+        beams = None
         if params.use_beam_search:
-            outputs = BeamOutputs(
+            beams = BeamGroup(
                 request,
                 params,
-                self.tokenizer,
-                max_tokens=max_length - len(token_ids),
+                max_tokens=max_length - len(request.prompt_token_ids),
                 num_logprobs=sampling.num_logprobs,
             )
-        else:
-            outputs = RequestOutputs(request, params, self.tokenizer)
-        request.engine_state = _EngineState(outputs, sampling)
+        outputs = self._make_outputs(request, params, beams)
+        request.engine_state = _EngineState(outputs, sampling, beams)
         return request
+
+    def _make_outputs(
+        self, request: Request, params: SamplingParams, beams: BeamGroup | None
+    ) -> RequestOutputs | TokenOutputs:
+        if not self._with_text:
+            return TokenOutputs(request, params)
+        if beams is not None:
+            return BeamOutputs(request, params, self.tokenizer, beams.search.results)
+        return RequestOutputs(request, params, self.tokenizer)
 
     def _encode_bare(self, text: str) -> list[int]:
         assert self.tokenizer is not None, "checked by the caller"
@@ -212,10 +209,14 @@ class Engine:
         if request is None:
             return False
         self.scheduler.abort_request(request_id)
-        output = _state_of(request).outputs.output()
-        if output is not None:
-            self._finished_early.append(output)
+        self._finished_early.append(request)
         return True
+
+    def end_sequence(self, request_id: str, seq_index: int) -> None:
+        """Ends a sequence whose text has met a stop string; nothing if it has ended by itself."""
+        request = self.scheduler.get_request(request_id)
+        if request is not None:
+            self.scheduler.finish_sequence(request.sequences[seq_index], "stop")
 
     @property
     def has_unfinished(self) -> bool:
@@ -226,6 +227,11 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Dispatches the next step and returns what the one before it brought."""
+        found = (_state_of(request).outputs.output() for request in self.advance())
+        return [output for output in found if output is not None]
+
+    def advance(self) -> list[Request]:
+        """The same, but returns the requests that have something new to tell."""
         start = time.perf_counter()
         scheduled = self.scheduler.schedule()
         if scheduled.swap_outs or scheduled.swap_ins:
@@ -235,15 +241,21 @@ class Engine:
         if not scheduled.is_empty:
             self._in_flight.append(self._dispatch(scheduled))
         self._host_time_s += time.perf_counter() - start
-        outputs, self._finished_early = self._finished_early, []
+        touched, self._finished_early = self._finished_early, []
         depth = 1 if self.config.async_scheduling and not scheduled.is_empty else 0
         while len(self._in_flight) > depth:
             handle = self._in_flight.popleft()
             result = handle.result()
             if self._is_timed:
                 self._note_time(handle)
-            outputs += self._process(handle.scheduled, result)
-        return outputs
+            touched += self._process(handle.scheduled, result)
+        return touched
+
+    @staticmethod
+    def outputs_of(request: Request) -> tuple[RequestOutputs | TokenOutputs, BeamGroup | None]:
+        """What the engine keeps of a request of its own, and its beams if it has any."""
+        state = _state_of(request)
+        return state.outputs, state.beams
 
     def _note_time(self, handle: StepHandle) -> None:
         """Measures a step that has just ended, if it was one with prompts."""
@@ -264,22 +276,24 @@ class Engine:
             self.runner.admit(seq, state.sampling, wants_prompt)
         return self.runner.dispatch(scheduled)
 
-    def _process(self, scheduled: SchedulerOutput, result: StepResult) -> list[RequestOutput]:
-        touched: dict[str, Request] = {}
+    def _process(self, scheduled: SchedulerOutput, result: StepResult) -> list[Request]:
+        touched: dict[Request, None] = {}
         searching: dict[Request, None] = {}
         first_token = 0
         for i, seq in enumerate(scheduled.seqs):
-            outputs = _state_of(seq.request).outputs
+            state = _state_of(seq.request)
+            outputs = state.outputs
             if outputs.prompt_logprobs is not None and seq.seq_index == 0:
                 self._take_prompt_logprobs(scheduled, result, i, first_token)
             first_token += scheduled.num_scheduled_tokens[i]
             if not scheduled.samples[i]:
                 continue
-            if isinstance(outputs, BeamOutputs):
+            if state.beams is not None:
                 if seq.is_finished:
                     self._num_discarded_tokens += 1
                 else:
-                    outputs.take(seq, result.logprobs(i))
+                    state.beams.take(seq, result.logprobs(i))
+                    outputs.note_token()
                     searching[seq.request] = None
                 continue
             token_id = result.tokens[i]
@@ -293,22 +307,19 @@ class Engine:
             finish = sequence.append(token_id, logprobs, seq.max_length)
             if finish is not None:
                 self.scheduler.finish_sequence(seq, finish.reason, finish.stop_reason)
-            touched[seq.request.request_id] = seq.request
-        for request in self._settle_beams(searching):
-            touched[request.request_id] = request
-        found = (_state_of(request).outputs.output() for request in touched.values())
-        return [output for output in found if output is not None]
+            touched[seq.request] = None
+        return [*touched, *self._settle_beams(searching)]
 
     def _settle_beams(self, requests: Iterable[Request]) -> list[Request]:
         """Lets the searches among some requests go on where they can; those that ended."""
         ended = []
         for request in requests:
-            outputs = _state_of(request).outputs
-            if isinstance(outputs, BeamOutputs):
-                num_tokens = outputs.search.num_tokens
-                if outputs.settle(self.scheduler):
+            beams = _state_of(request).beams
+            if beams is not None:
+                num_tokens = beams.search.num_tokens
+                if beams.settle(self.scheduler):
                     ended.append(request)
-                advanced = outputs.search.num_tokens - num_tokens
+                advanced = beams.search.num_tokens - num_tokens
                 self._num_generated_tokens += advanced * len(request.sequences)
         return ended
 

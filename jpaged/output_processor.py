@@ -52,6 +52,15 @@ class TokenLogprobs(Protocol):
         ...
 
 
+def token_finish(sequence: Sequence, params: SamplingParams, token_id: int) -> Finish | None:
+    """Whether a sequence ends because of its newest token itself, whatever its text."""
+    if sequence.num_output_tokens < params.min_tokens:
+        return None
+    if not params.ignore_eos and token_id in sequence.request.eos_token_ids:
+        return Finish("stop")
+    return Finish("stop", token_id) if token_id in params.stop_token_ids else None
+
+
 class SequenceOutput:
     """Text and log-probabilities of one sequence, and the test of whether it ends."""
 
@@ -93,26 +102,22 @@ class SequenceOutput:
             self.logprobs.append(
                 position_logprobs(token_id, logprobs, params.logprobs, self._tokenizer)
             )
-        finish = None
-        num_output = sequence.num_output_tokens
-        if num_output >= params.min_tokens:
-            if not params.ignore_eos and token_id in sequence.request.eos_token_ids:
-                finish = Finish("stop")
-            elif token_id in params.stop_token_ids:
-                finish = Finish("stop", token_id)
+        finish = token_finish(sequence, params, token_id)
         # The token that stops is no part of the text, unless asked for.
         if self._detokenizer is not None and (finish is None or params.include_stop_str_in_output):
             start = len(self.text)
             self.text += self._detokenizer.append([token_id])
-            if finish is None and num_output >= params.min_tokens:
+            if finish is None and sequence.num_output_tokens >= params.min_tokens:
                 finish = self._check_stop_strings(start)
                 if finish is not None:
                     return finish
         if finish is None and len(sequence.token_ids) >= max_length:
             finish = Finish("length")
-        if finish is not None:
-            finish = self._flush() or finish
-        return finish
+        return None if finish is None else self.end(finish)
+
+    def end(self, finish: Finish) -> Finish:
+        """Takes what was held back; a stop string in it is why the sequence ends."""
+        return self._flush() or finish
 
     def _flush(self) -> Finish | None:
         """Takes what the detokenizer held back because it ends with half a character."""

@@ -228,6 +228,13 @@ class Request:
             f"unfinished={len(self.unfinished)})"
         )
 
+    def max_length(self, max_model_len: int) -> int:
+        """Tokens, prompt and output, at which its sequences end."""
+        max_tokens = self.sampling_params.max_tokens
+        if max_tokens is None:
+            return max_model_len
+        return min(max_model_len, len(self.prompt_token_ids) + max_tokens)
+
     @property
     def is_finished(self) -> bool:
         """Whether all its sequences have ended."""

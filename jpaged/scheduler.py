@@ -332,11 +332,10 @@ class Scheduler:
             raise ValueError(
                 f"n must be in [1, max_num_seqs={config.max_num_seqs}], got {num_seqs}"
             )
-        max_length, max_tokens = config.max_model_len, request.sampling_params.max_tokens
-        if max_tokens is not None:
-            if max_tokens < 1:
-                raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-            max_length = min(max_length, num_prompt_tokens + max_tokens)
+        max_tokens = request.sampling_params.max_tokens
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        max_length = request.max_length(config.max_model_len)
         # The last token is never an input, so it needs no slot.
         num_shared = num_prompt_tokens // manager.block_size
         num_blocks = num_seqs * (manager.num_blocks_for(max_length - 1) - num_shared) + num_shared

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from jpaged.beam_outputs import BeamOutputs
+from jpaged.beam_outputs import BeamGroup
 from jpaged.beam_search import BeamSearch
 from jpaged.block_manager import BlockManager
 from jpaged.config import PreemptionMode, SchedulerConfig
@@ -257,7 +257,7 @@ class Run:
         self.device = SimulatedDevice(self.scheduler)
         self.unread: list[Sampled] = []
         self.requests: list[Request] = []
-        self.searches: dict[Request, BeamOutputs] = {}
+        self.searches: dict[Request, BeamGroup] = {}
         self.num_added = 0
         self.num_searched = 0
 
@@ -298,8 +298,8 @@ class Run:
         self.requests.append(request)
         if beams:
             max_tokens = min(max_tokens, MAX_MODEL_LEN - num_prompt_tokens)
-            self.searches[request] = BeamOutputs(
-                request, params, None, max_tokens=max_tokens, num_logprobs=BEAM_CANDIDATES
+            self.searches[request] = BeamGroup(
+                request, params, max_tokens=max_tokens, num_logprobs=BEAM_CANDIDATES
             )
 
     def schedule(self) -> None:

@@ -1,0 +1,283 @@
+"""The engine's process: scheduler and device, no text. `python -m jpaged.serving.engine_process`.
+
+Receives without blocking while there is work, and waits on its socket when there is none. It loads
+the tokenizer all the same: the token ids of `bad_words` and the vocabulary of structured outputs
+are the engine's, and their code is one with that of an engine in the caller's process.
+
+Ends by itself as soon as its standard input is closed, that is, when the process that started it
+has ended, however that came about.
+"""
+
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import zmq
+
+from jpaged.engine_config import EngineConfig
+from jpaged.models.sources import DEFAULT_MODEL
+from jpaged.pool_view import view_pool
+from jpaged.request import Request
+from jpaged.serving import messages
+from jpaged.serving.engine import EngineInfo
+from jpaged.token_outputs import TokenOutputs
+
+if TYPE_CHECKING:
+    from jpaged.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+FROM_ENGINE, TO_ENGINE = "from-engine", "to-engine"
+"""Names of the two sockets in the directory that the processes share at the start."""
+_USERS_FAULTS = (ValueError, NotImplementedError, RuntimeError, ImportError, OSError)
+
+
+def open_socket(context: "zmq.Context[zmq.Socket[bytes]]", kind: int) -> "zmq.Socket[bytes]":
+    """A socket that never drops a message: what waits is bounded by the requests that run.
+
+    Who sends connects and who receives binds, so that sending never waits either.
+    """
+    socket = context.socket(kind)
+    socket.set_hwm(0)
+    return socket
+
+
+class Channel:
+    """The engine's end of the sockets."""
+
+    def __init__(self, directory: str) -> None:
+        self._context = zmq.Context()
+        self._receiver = open_socket(self._context, zmq.PULL)
+        self._receiver.bind(f"ipc://{directory}/{TO_ENGINE}")
+        self._sender = open_socket(self._context, zmq.PUSH)
+        self._sender.connect(f"ipc://{directory}/{FROM_ENGINE}")
+
+    def receive(self, *, wait: bool) -> list[messages.ToEngine]:
+        """All messages that are there; at least one if it is to wait."""
+        if wait:
+            self._receiver.poll()
+        found = []
+        while True:
+            try:
+                found.append(messages.decode_to_engine(self._receiver.recv(zmq.NOBLOCK)))
+            except zmq.Again:
+                return found
+
+    def send(self, message: messages.FromEngine) -> None:
+        """Sends a message; does not wait."""
+        self._sender.send(messages.encode(message))
+
+    def close(self) -> None:
+        """Ends the sockets once all is sent, or after a second."""
+        self._context.destroy(linger=1000)
+
+
+@dataclasses.dataclass(slots=True)
+class _Open:
+    """A request that runs, and what the client knows of it."""
+
+    handle: int
+    request: Request
+    num_unfinished: int
+    has_begun: bool = False
+    num_preemptions: int = 0
+
+
+class EngineServer:
+    """Runs an engine for the process at the other end of a channel."""
+
+    def __init__(self, engine: "Engine", channel: Channel) -> None:
+        self._engine = engine
+        self._channel = channel
+        self._by_handle: dict[int, _Open] = {}
+        self._by_request: dict[Request, _Open] = {}
+
+    def serve(self) -> None:
+        """Runs until it is told to stop."""
+        engine, channel = self._engine, self._channel
+        while True:
+            for message in channel.receive(wait=not engine.has_unfinished):
+                if isinstance(message, messages.Stop):
+                    return
+                self._handle(message)
+            if engine.has_unfinished and (step := self._step()) is not None:
+                channel.send(step)
+
+    def _handle(self, message: messages.ToEngine) -> None:
+        match message:
+            case messages.Add():
+                self._add(message)
+            case messages.Abort(handle):
+                if (opened := self._by_handle.get(handle)) is not None:
+                    self._engine.abort_request(opened.request.request_id)
+            case messages.EndSequence(handle, seq_index):
+                if (opened := self._by_handle.get(handle)) is not None:
+                    self._engine.end_sequence(opened.request.request_id, seq_index)
+                    if opened.request.is_finished:
+                        self._forget(opened)
+            case messages.Ask(call, what):
+                self._channel.send(messages.Answer(call, self._answer(what)))
+
+    def _add(self, message: messages.Add) -> None:
+        engine = self._engine
+        prompt = {"prompt_token_ids": message.prompt_token_ids, "cache_salt": message.cache_salt}
+        try:
+            request = engine.make_request(
+                message.request_id, prompt, message.params, priority=message.priority
+            )
+            engine.add_request(request)
+        except ValueError as error:
+            self._channel.send(messages.Rejected(message.handle, str(error)))
+            return
+        opened = _Open(message.handle, request, len(request.unfinished))
+        self._by_handle[message.handle] = self._by_request[request] = opened
+
+    def _forget(self, opened: _Open) -> None:
+        del self._by_handle[opened.handle], self._by_request[opened.request]
+
+    def _answer(self, what: str) -> dict:
+        if what == "stats":
+            return dataclasses.asdict(self._engine.stats())
+        return dataclasses.asdict(view_pool(self._engine.block_manager))
+
+    def _step(self) -> messages.StepTokens | None:
+        """Runs a step; what it brought, if anything."""
+        found = messages.StepTokens([], [], [], {}, [], [], {}, {})
+        touched = self._engine.advance()
+        for request in touched:
+            opened = self._by_request.get(request)
+            if opened is not None:
+                self._report(opened, found)
+                if request.is_finished:
+                    self._forget(opened)
+        return found if found.handles or found.hypotheses else None
+
+    def _report(self, opened: _Open, found: messages.StepTokens) -> None:
+        request, handle = opened.request, opened.handle
+        outputs, beams = self._engine.outputs_of(request)
+        assert isinstance(outputs, TokenOutputs), "an engine with text"
+        new = outputs.take()
+        if beams is not None:
+            self._report_progress(opened, outputs, found)
+            found.hypotheses[handle] = [
+                messages.pack_hypothesis(hypothesis, outputs.params)
+                for hypothesis in beams.search.results(outputs.params.n)
+            ]
+            return
+        if not new:
+            return  # it was aborted
+        self._report_progress(opened, outputs, found)
+        num_top = outputs.params.logprobs
+        for token in new:
+            if token.logprobs is not None and num_top is not None:
+                packed = messages.pack_logprobs(token.logprobs, num_top)
+                found.logprobs[len(found.handles)] = packed
+            found.handles.append(handle)
+            found.seq_indices.append(token.seq_index)
+            found.token_ids.append(token.token_id)
+        if len(request.unfinished) < opened.num_unfinished:
+            opened.num_unfinished = len(request.unfinished)
+            found.ended.extend(
+                messages.Ended(handle, seq.seq_index, seq.finish_reason, seq.stop_reason)
+                for seq in request.sequences
+                if seq.finish_reason is not None
+            )
+
+    def _report_progress(
+        self, opened: _Open, outputs: TokenOutputs, found: messages.StepTokens
+    ) -> None:
+        request, handle = opened.request, opened.handle
+        num_preemptions = sum(seq.num_preemptions for seq in request.sequences)
+        if opened.has_begun and num_preemptions == opened.num_preemptions:
+            return
+        if not opened.has_begun and outputs.prompt_logprobs is not None:
+            num_top = outputs.params.prompt_logprobs
+            assert num_top is not None, "only kept where they are wanted"
+            found.prompt_logprobs[handle] = [
+                messages.pack_logprobs(logprobs, num_top)
+                for logprobs in outputs.prompt_logprobs[1:]
+                if logprobs is not None
+            ]
+        opened.has_begun = True
+        opened.num_preemptions = num_preemptions
+        metrics = outputs.metrics
+        found.progress.append(
+            messages.Progress(
+                handle,
+                metrics.first_scheduled_time_s,
+                metrics.first_token_time_s,
+                request.sequences[0].num_cached_tokens,
+                num_preemptions,
+            )
+        )
+
+
+def _run(channel: Channel, start: messages.Start) -> int:
+    try:
+        from jpaged.engine import Engine
+
+        engine = Engine(EngineConfig.from_options(**start.options), with_text=False)
+    except _USERS_FAULTS as error:
+        channel.send(messages.Failed(str(error) or type(error).__name__, is_users_fault=True))
+        return 2
+    try:
+        channel.send(messages.Ready(_info(engine), engine.tokenizer_source))
+        EngineServer(engine, channel).serve()
+    finally:
+        engine.shutdown()
+    return 0
+
+
+def _info(engine: "Engine") -> EngineInfo:
+    config = engine.config
+    return EngineInfo(
+        model=config.model or DEFAULT_MODEL,
+        max_model_len=engine.max_model_len,
+        max_num_seqs=engine.scheduler.config.max_num_seqs,
+        vocab_size=engine.model_config.vocab_size,
+        max_logprobs=config.max_logprobs,
+        policy=config.policy,
+        block_size=config.block_size,
+        num_blocks=engine.runner.num_blocks,
+        eos_token_ids=engine.eos_token_ids,
+    )
+
+
+def end_with_parent() -> None:
+    """Ends this process at once when its standard input is closed."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, name="jpaged-parent", daemon=True).start()
+
+
+def main() -> int:
+    """Serves the process that started this one; the exit code."""
+    end_with_parent()
+    # Who ends a server sends these to all of its processes; this one ends when it is told to.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    channel = Channel(sys.argv[1])
+    (start,) = channel.receive(wait=True)
+    assert isinstance(start, messages.Start), f"the first message is {start}"
+    channel.send(messages.Connected())
+    try:
+        return _run(channel, start)
+    except BaseException as error:
+        logger.exception("the engine has ended with an error")
+        text = f"the engine has ended with an error: {error}"
+        channel.send(messages.Failed(text, is_users_fault=False))
+        return 1
+    finally:
+        channel.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
