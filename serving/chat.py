@@ -72,7 +72,9 @@ class Chat:
         special = bool(body.add_special_tokens)
         ids = await service.reader.encode(text, add_special_tokens=special, field="messages")
         answer_id = service.answer_id(request, "chatcmpl", body.request_id)
-        prompt = service.reader.prompt(text, ids, body, params.max_tokens or 0)
+        prompt = service.reader.prompt(
+            text, ids, body, max_tokens=params.max_tokens, field="messages"
+        )
         as_token_ids = body.return_tokens_as_token_ids
         if as_token_ids is None:
             as_token_ids = service.settings.return_tokens_as_token_ids

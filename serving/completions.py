@@ -79,7 +79,12 @@ class Completions:
         )
         prompts = await self._read_prompts(body)
         jobs = [
-            Job(service.reader.prompt(text, ids, body, params.max_tokens or 0), params)
+            Job(
+                service.reader.prompt(
+                    text, ids, body, max_tokens=params.max_tokens, field="prompt"
+                ),
+                params,
+            )
             for text, ids in prompts
         ]
         texts = []

@@ -20,10 +20,12 @@ class PromptReader:
     Args:
         tokenizer: The model's, or None.
         max_model_len: Most tokens of a sequence.
+        vocab_size: Token ids that the model knows.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, max_model_len: int) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, *, max_model_len: int, vocab_size: int) -> None:
         self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
         self.max_model_len = max_model_len
         # No text with more characters can fit, so that it need not be read to be refused.
         longest = (
@@ -63,16 +65,44 @@ class PromptReader:
             )
 
     def prompt(
-        self, text: str | None, token_ids: Sequence[int], body: GenerationBody, max_tokens: int
+        self,
+        text: str | None,
+        token_ids: Sequence[int],
+        body: GenerationBody,
+        *,
+        max_tokens: int | None,
+        field: str,
     ) -> Mapping[str, Any]:
-        """A prompt as the engine takes it, cut to `truncate_prompt_tokens`."""
-        token_ids = self._truncated(token_ids, body, max_tokens)
+        """A prompt as the engine takes it, cut to `truncate_prompt_tokens`.
+
+        Raises:
+            ApiError: It is empty, too long, or names tokens that do not exist.
+        """
+        token_ids = self._truncated(token_ids, body, max_tokens or 1)
+        self._check(token_ids, field)
         prompt: dict[str, Any] = {"prompt_token_ids": token_ids}
         if text is not None:
             prompt["prompt"] = text
         if body.cache_salt is not None:
             prompt["cache_salt"] = body.cache_salt
         return prompt
+
+    def _check(self, token_ids: Sequence[int], field: str) -> None:
+        if not token_ids:
+            raise bad_request(f"{field} must have at least 1 token, got 0", field)
+        if len(token_ids) >= self.max_model_len:
+            raise too_long(
+                f"{field} must have fewer than max_model_len={self.max_model_len} tokens, to leave "
+                f"room for output, got {len(token_ids)}",
+                field,
+            )
+        lowest, highest = min(token_ids), max(token_ids)
+        if lowest < 0 or highest >= self._vocab_size:
+            raise bad_request(
+                f"{field} must hold token ids in [0, {self._vocab_size - 1}], got "
+                f"{lowest if lowest < 0 else highest}",
+                field,
+            )
 
     def _truncated(
         self, token_ids: Sequence[int], body: GenerationBody, max_tokens: int
@@ -83,7 +113,7 @@ class PromptReader:
                 raise bad_request("truncation_side needs truncate_prompt_tokens", "truncation_side")
             return token_ids
         if limit == -1:
-            limit = max(self.max_model_len - max(max_tokens, 1), 1)
+            limit = max(self.max_model_len - max_tokens, 1)
         elif not 1 <= limit < self.max_model_len:
             raise bad_request(
                 f"truncate_prompt_tokens must be -1 (what fits) or in [1, {self.max_model_len - 1}]"

@@ -75,7 +75,7 @@ def validate(kind: type[BodyT], data: Any) -> BodyT:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise _explain(error, data) from None
+        raise _explain(error, kind, data) from None
 
 
 async def _read(request: Request, limit: int) -> bytes:
@@ -114,13 +114,14 @@ def _check_depth(data: Any) -> None:
         ]
 
 
-def _explain(error: ValidationError, data: dict[str, Any]) -> ApiError:
+def _explain(error: ValidationError, kind: type[Body], data: dict[str, Any]) -> ApiError:
     """One line about the innermost thing that is wrong."""
     found: dict[str, list[Any]] = {}
     for entry in error.errors(include_url=False):
         found.setdefault(_path(entry, data), []).append(entry)
+    unknown = next((path for path in found if path not in kind.model_fields and path in data), None)
     # Of the alternatives that a field may be, the one that fits best fails furthest inside.
-    path = max(found, key=lambda path: path.count(".") + path.count("["))
+    path = unknown or max(found, key=lambda path: path.count(".") + path.count("["))
     entries = found[path]
     name = path.rpartition(".")[2]
     match entries[0]["type"]:

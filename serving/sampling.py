@@ -108,7 +108,10 @@ def structure_of(body: GenerationBody) -> Structure | None:
     if body.structured_outputs is None:
         return formatted
     if formatted is not None:
-        raise bad_request("structured_outputs and response_format exclude each other, got both")
+        raise bad_request(
+            "structured_outputs and response_format exclude each other, got both",
+            "structured_outputs",
+        )
     return _of_structured(body.structured_outputs)
 
 

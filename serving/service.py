@@ -39,7 +39,9 @@ class Service:
         self.engine = engine
         self.settings = settings
         info = engine.info
-        self.reader = PromptReader(engine.tokenizer, info.max_model_len)
+        self.reader = PromptReader(
+            engine.tokenizer, max_model_len=info.max_model_len, vocab_size=info.vocab_size
+        )
         given = settings.served_model_names or _names_of(info.model)
         self.model_names = tuple(dict.fromkeys(given))
         digest = hashlib.sha256(repr((info, settings.chat_template)).encode()).hexdigest()

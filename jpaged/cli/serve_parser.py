@@ -51,7 +51,7 @@ def _add_address(command: argparse.ArgumentParser) -> None:
 
 def _add_security(command: argparse.ArgumentParser) -> None:
     add = _group(command, "security")
-    add("--api-key", "a key that opens the server; several may follow", nargs="+", metavar="KEY")
+    add("--api-key", "a key that opens the server; may be repeated", action="append", metavar="KEY")
     add("--api-key-file", "a file with one key a line", metavar="FILE")
     add("--ssl-certfile", "speak TLS with this certificate", metavar="FILE")
     add("--ssl-keyfile", "key of the certificate, if it is not in the same file", metavar="FILE")
