@@ -52,7 +52,7 @@ def create_app(engine: EngineClient, settings: ServerSettings) -> FastAPI:
         openapi_url="/openapi.json" if with_docs else None,
         docs_url="/docs" if with_docs else None,
         redoc_url="/redoc" if with_docs else None,
-        root_path=settings.root_path,
+        redirect_slashes=False,
     )
     _add_routes(app, service)
     _add_errors(app)

@@ -7,6 +7,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jpaged.serving.errors import ApiError, error_response
+from jpaged.serving.service import route_path
 
 OPEN_PATHS = frozenset({"/health", "/ping"})
 """What a load balancer asks without a key."""
@@ -26,7 +27,7 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on what has a key."""
-        if scope["type"] == "lifespan" or _path(scope) in OPEN_PATHS:
+        if scope["type"] == "lifespan" or route_path(scope) in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
         digest = self._valid(Headers(scope=scope).getlist("authorization"))
@@ -60,11 +61,3 @@ class Authentication:
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-
-
-def _path(scope: Scope) -> str:
-    """The path as routes see it: without the proxy's part."""
-    path, root = scope["path"], scope.get("root_path", "")
-    if root and path.startswith(root):
-        return path[len(root) :]
-    return path

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from starlette.requests import Request
+from starlette.types import Scope
 
 import jpaged
 from jpaged.serving.engine import EngineClient
@@ -107,6 +108,12 @@ def fairness_key(request: Request) -> str | None:
     if key is not None:
         return key
     return request.client.host if request.client is not None else None
+
+
+def route_path(scope: Scope) -> str:
+    """The path as routes see it: without the part under which a proxy shows the server."""
+    path, root = scope["path"], scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
 def is_request_id(text: str) -> bool:

@@ -14,7 +14,8 @@ from jpaged.tokenizer import Tokenizer
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}[{{ c.function.name }}{{ c.function.arguments.items()|list }}]"
+    "{% for c in m.tool_calls or [] %}"
+    "[{{ c.function.name }}{{ c.function.arguments.items()|list }}]"
     "{% endfor %}</s>{% endfor %}"
     "{% if tools %}tools:{{ tools|map(attribute='function.name')|join(',') }}{% endif %}"
     "{% if style %}style:{{ style }}{% endif %}"
@@ -83,10 +84,11 @@ class FakeEngine:
             if self.error is not None and not self.error_after:
                 raise self.error
             steps = [self._output(asked, [i]) for i in range(len(self.pieces))]
-            if params.output_kind is not RequestOutputKind.DELTA:
+            is_delta = params.output_kind is RequestOutputKind.DELTA
+            if not is_delta:
                 steps = [self._output(asked, list(range(len(self.pieces))))]
             for i, output in enumerate(steps):
-                if self.hold is not None and i:
+                if self.hold is not None and (i or not is_delta):
                     await self.hold.wait()
                 if self.error is not None and i == self.error_after:
                     raise self.error
