@@ -54,6 +54,7 @@ class Chat:
         params = sampling_params(
             body,
             service.settings,
+            service.engine.info,
             structured=plan.structure or structure_of(body),
             logprobs=num_top,
             max_tokens=_max_tokens(body),  # without a limit it is the model's length

@@ -72,6 +72,7 @@ class Completions:
         params = sampling_params(
             body,
             service.settings,
+            service.engine.info,
             structured=structure_of(body),
             max_tokens=_max_tokens(body) if keeps_output else 1,
             logprobs=body.logprobs,

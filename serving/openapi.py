@@ -78,7 +78,7 @@ def operation(
     if media_type is not None:
         content[media_type] = {"schema": {"type": "object" if "json" in media_type else "string"}}
     if streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {}  # events; each has a chunk of the answer as JSON
     statuses = {401, 500, *errors} | ({400, 404, *_BODY_ERRORS, 503} if body is not None else set())
     error = {"application/json": {"schema": _ref(_answer_name("ErrorEnvelope"))}}
     responses = {

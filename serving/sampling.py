@@ -3,6 +3,7 @@
 from typing import Any
 
 from jpaged.sampling_params import RequestOutputKind, SamplingParams
+from jpaged.serving.engine import EngineInfo
 from jpaged.serving.errors import bad_request
 from jpaged.serving.protocol import GenerationBody, ResponseFormat, StructuredOutputs
 from jpaged.serving.settings import ServerSettings
@@ -41,6 +42,7 @@ _MAX_LOGIT_BIASES = 1024
 def sampling_params(
     body: GenerationBody,
     settings: ServerSettings,
+    info: EngineInfo,
     *,
     structured: Structure | None,
     **own: Any,
@@ -49,7 +51,8 @@ def sampling_params(
 
     Args:
         body: Its fields; null leaves one at its default.
-        settings: For the limits.
+        settings: For the limits of the server.
+        info: For those of model and engine.
         structured: What the text must follow, if anything.
         **own: What the route sets itself.
 
@@ -71,7 +74,15 @@ def sampling_params(
         field = "best_of" if num <= settings.max_n else "n"
         raise bad_request(f"{field} must be at most {settings.max_n} here", field)
     kind = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
-    return SamplingParams(**options, output_kind=kind)
+    params = SamplingParams(**options, output_kind=kind)
+    # The engine does it too; here nothing has been sent to it yet.
+    params.validate(
+        vocab_size=info.vocab_size,
+        max_logprobs=info.max_logprobs,
+        max_num_seqs=info.max_num_seqs,
+        eos_token_ids=info.eos_token_ids,
+    )
+    return params
 
 
 def check_stream(body: GenerationBody) -> None:

@@ -37,9 +37,7 @@ def schema(tmp_path_factory):
 
 def test_every_operation_is_asked(schema):
     found = {
-        (method, path)
-        for path, methods in schema.raw_schema["paths"].items()
-        for method in methods
+        (method, path) for path, methods in schema.raw_schema["paths"].items() for method in methods
     }
     assert found == set(OPERATIONS)
 
