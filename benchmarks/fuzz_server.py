@@ -21,6 +21,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jpaged.serving.protocol import CompletionRequest
+from jpaged.serving.protocol_chat import (
+    ChatCompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+
 BODY_TIMEOUT_S = 2.0
 _ANSWER_TIMEOUT_S = 60.0
 _COMPLETION = {"prompt": "the sea", "max_tokens": 2, "temperature": 0.0}
@@ -32,62 +39,11 @@ ROUTES: dict[str, dict[str, Any]] = {
     "/detokenize": {"tokens": [5, 6]},
 }
 _FIELDS = [
-    "model",
-    "frequency_penalty",
-    "logit_bias",
-    "max_tokens",
-    "n",
-    "presence_penalty",
-    "seed",
-    "stop",
-    "stream",
-    "stream_options",
-    "temperature",
-    "top_p",
-    "user",
-    "response_format",
-    "use_beam_search",
-    "best_of",
-    "length_penalty",
-    "early_stopping",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "stop_token_ids",
-    "include_stop_str_in_output",
-    "ignore_eos",
-    "min_tokens",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-    "truncate_prompt_tokens",
-    "truncation_side",
-    "allowed_token_ids",
-    "prompt_logprobs",
-    "bad_words",
-    "add_special_tokens",
-    "structured_outputs",
-    "priority",
-    "request_id",
-    "return_token_ids",
-    "return_tokens_as_token_ids",
-    "cache_salt",
-    "stream_interval",
-    "prompt",
-    "echo",
-    "logprobs",
+    *CompletionRequest.model_fields,
+    *ChatCompletionRequest.model_fields,
+    *TokenizeRequest.model_fields,
+    *DetokenizeRequest.model_fields,
     "suffix",
-    "messages",
-    "tools",
-    "chat_template",
-    "chat_template_kwargs",
-    "add_generation_prompt",
-    "continue_final_message",
-    "top_logprobs",
-    "max_completion_tokens",
-    "tool_choice",
-    "parallel_tool_calls",
-    "tokens",
-    "return_token_strs",
     "nonsense",
 ]
 
@@ -240,7 +196,7 @@ def _garbage(rng: random.Random) -> Attack:
             b"GET / HTTP/9.9\r\n\r\n",
             b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
             b"POST /v1/completions HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
-            b"POST /v1/completions HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",
+            b"POST /ping HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",
             b"GET /health HTTP/1.1\r\n" + b"A: b\r\n" * 300 + b"\r\n",
             b"\r\n" * 50,
         ]

@@ -18,7 +18,7 @@ class Exchange:
     def __init__(
         self, app: Any, method: str, path: str, headers: dict[str, str], *, root_path: str = ""
     ) -> None:
-        self._app = app
+        self.app = app
         self._incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -46,7 +46,7 @@ class Exchange:
     def start(self) -> None:
         """Hands the request to the application."""
         self._task = asyncio.create_task(
-            self._app(self._scope, self._incoming.get, self._send)  # pyright: ignore
+            self.app(self._scope, self._incoming.get, self._send)  # pyright: ignore
         )
 
     def feed(self, data: bytes, *, more: bool = False) -> None:

@@ -1,6 +1,5 @@
 import asyncio
 import threading
-import types
 
 import pytest
 import sse
@@ -305,7 +304,7 @@ def test_a_text_that_cannot_fit_is_refused_unread(client, engine, monkeypatch):
     assert answer.json()["error"]["code"] == "context_length_exceeded"
 
 
-def test_long_texts_are_read_off_the_event_loop(tokenizer):
+def test_long_texts_are_read_off_the_event_loop(tokenizer, monkeypatch):
     reader = PromptReader(tokenizer, max_model_len=1000, vocab_size=96)
     names = []
 
@@ -313,8 +312,7 @@ def test_long_texts_are_read_off_the_event_loop(tokenizer):
         names.append(threading.current_thread().name)
         return [5]
 
-    tokenizer = types.SimpleNamespace(encode=read)
-    reader._tokenizer = tokenizer
+    monkeypatch.setattr(tokenizer, "encode", read)
 
     async def run():
         for num in (INLINE_CHARS, INLINE_CHARS + 1):

@@ -28,7 +28,6 @@ def run(engine):
         def make(path="/v1/completions", headers=JSON, **settings):
             app = create_app(engine, ServerSettings(**settings))
             exchange = asgi.Exchange(app, "POST", path, headers)
-            exchange.app = app
             exchange.start()
             return exchange
 
