@@ -31,6 +31,7 @@ from jpaged.sampling_params import SamplingParams
 from jpaged.sampling_rows import RequestSampling
 from jpaged.scheduler import Scheduler
 from jpaged.scheduler_output import SchedulerOutput, SchedulerStats
+from jpaged.sequence_end import SequenceEnd
 from jpaged.token_outputs import TokenOutputs
 from jpaged.tokenizer import Tokenizer, load_tokenizer
 
@@ -63,6 +64,7 @@ class _EngineState:
 
     outputs: RequestOutputs | TokenOutputs
     sampling: RequestSampling
+    ends: list[SequenceEnd]
     beams: BeamGroup | None
 
 
@@ -171,7 +173,8 @@ class Engine:
                 num_logprobs=sampling.num_logprobs,
             )
         outputs = self._make_outputs(request, params, beams)
-        request.engine_state = _EngineState(outputs, sampling, beams)
+        ends = [SequenceEnd(seq, params) for seq in request.sequences]
+        request.engine_state = _EngineState(outputs, sampling, ends, beams)
         return request
 
     def _make_outputs(
@@ -304,7 +307,8 @@ class Engine:
             outputs.note_token()
             sequence = outputs.sequences[seq.seq_index]
             logprobs = None if sequence.logprobs is None else result.logprobs(i)
-            finish = sequence.append(token_id, logprobs, seq.max_length)
+            finish = state.ends[seq.seq_index].check(token_id)
+            finish = sequence.append(token_id, logprobs, finish)
             if finish is not None:
                 self.scheduler.finish_sequence(seq, finish.reason, finish.stop_reason)
             touched[seq.request] = None

@@ -1,10 +1,10 @@
 """From sampled token ids to what the caller sees: text, stops, log-probabilities, outputs.
 
-Host only. Decides when a sequence ends; the engine tells the scheduler. A token sampled after the
-one that ended a sequence (steps are read one late) never reaches this module.
+Host only. Finds the stop strings in the text; whether a token ends its sequence by itself is told
+by `sequence_end`. A token sampled after the one that ended a sequence (steps are read one late)
+never reaches this module.
 """
 
-import dataclasses
 import time
 from typing import Any, Protocol
 
@@ -17,15 +17,8 @@ from jpaged.outputs import (
 )
 from jpaged.request import Request, Sequence
 from jpaged.sampling_params import RequestOutputKind, SamplingParams
+from jpaged.sequence_end import Finish
 from jpaged.tokenizer import IncrementalDetokenizer, Tokenizer
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Finish:
-    """Why a sequence ends: `finish_reason` and `stop_reason` of `CompletionOutput`."""
-
-    reason: str
-    stop_reason: int | str | None = None
 
 
 class TokenLogprobs(Protocol):
@@ -50,15 +43,6 @@ class TokenLogprobs(Protocol):
     def top_logprobs(self) -> Any:
         """Their log-probabilities."""
         ...
-
-
-def token_finish(sequence: Sequence, params: SamplingParams, token_id: int) -> Finish | None:
-    """Whether a sequence ends because of its newest token itself, whatever its text."""
-    if sequence.num_output_tokens < params.min_tokens:
-        return None
-    if not params.ignore_eos and token_id in sequence.request.eos_token_ids:
-        return Finish("stop")
-    return Finish("stop", token_id) if token_id in params.stop_token_ids else None
 
 
 class SequenceOutput:
@@ -91,10 +75,16 @@ class SequenceOutput:
         self._num_emitted_tokens = 0
 
     def append(
-        self, token_id: int, logprobs: TokenLogprobs | None, max_length: int
+        self, token_id: int, logprobs: TokenLogprobs | None, finish: Finish | None
     ) -> Finish | None:
-        """Takes the token that was just appended to the sequence; says whether it ends there."""
-        params, sequence = self._params, self.sequence
+        """Takes the token that was just appended to the sequence; says whether it ends there.
+
+        Args:
+            token_id: the token.
+            logprobs: of its position, if they are wanted.
+            finish: what `SequenceEnd` says of it; a stop string in the text comes before that.
+        """
+        params = self._params
         if self.logprobs is not None and logprobs is not None:
             assert self.cumulative_logprob is not None
             self.cumulative_logprob += logprobs.logprob
@@ -102,22 +92,15 @@ class SequenceOutput:
             self.logprobs.append(
                 position_logprobs(token_id, logprobs, params.logprobs, self._tokenizer)
             )
-        finish = token_finish(sequence, params, token_id)
-        # The token that stops is no part of the text, unless asked for.
-        if self._detokenizer is not None and (finish is None or params.include_stop_str_in_output):
+        if self._detokenizer is not None and (finish is None or finish.is_in_text):
             start = len(self.text)
             self.text += self._detokenizer.append([token_id])
-            if finish is None and sequence.num_output_tokens >= params.min_tokens:
-                finish = self._check_stop_strings(start)
-                if finish is not None:
-                    return finish
-        if finish is None and len(sequence.token_ids) >= max_length:
-            finish = Finish("length")
-        return None if finish is None else self.end(finish)
-
-    def end(self, finish: Finish) -> Finish:
-        """Takes what was held back; a stop string in it is why the sequence ends."""
-        return self._flush() or finish
+            is_end_token = finish is not None and finish.reason == "stop"
+            if not is_end_token and self.sequence.num_output_tokens >= params.min_tokens:
+                found = self._check_stop_strings(start)
+                if found is not None:
+                    return found
+        return None if finish is None else self._flush() or finish
 
     def _flush(self) -> Finish | None:
         """Takes what the detokenizer held back because it ends with half a character."""

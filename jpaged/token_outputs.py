@@ -7,37 +7,35 @@ the text is read: by `RequestOutputs`, which takes the same tokens there.
 import time
 from typing import NamedTuple
 
-from jpaged.output_processor import Finish, TokenLogprobs, token_finish
+from jpaged.output_processor import TokenLogprobs
 from jpaged.outputs import RequestMetrics
 from jpaged.request import Request, Sequence
 from jpaged.sampling_params import SamplingParams
+from jpaged.sequence_end import Finish
 
 
 class NewToken(NamedTuple):
-    """A token of one sequence, and its log-probabilities if they are wanted."""
+    """A token of one sequence, its log-probabilities if they are wanted, and whether it ends it."""
 
     seq_index: int
     token_id: int
     logprobs: TokenLogprobs | None
+    finish: Finish | None
 
 
 class TokenSequence:
     """One sequence: `logprobs` is None where none are wanted, as in `SequenceOutput`."""
 
     def __init__(self, sequence: Sequence, params: SamplingParams, new: list[NewToken]) -> None:
-        self._sequence = sequence
-        self._params = params
+        self._seq_index = sequence.seq_index
         self._new = new
         self.logprobs = None if params.logprobs is None else ()
 
     def append(
-        self, token_id: int, logprobs: TokenLogprobs | None, max_length: int
+        self, token_id: int, logprobs: TokenLogprobs | None, finish: Finish | None
     ) -> Finish | None:
-        """Takes the token that was just appended to the sequence; says whether it ends there."""
-        self._new.append(NewToken(self._sequence.seq_index, token_id, logprobs))
-        finish = token_finish(self._sequence, self._params, token_id)
-        if finish is None and len(self._sequence.token_ids) >= max_length:
-            finish = Finish("length")
+        """Takes a token; see `SequenceOutput.append`."""
+        self._new.append(NewToken(self._seq_index, token_id, logprobs, finish))
         return finish
 
 

@@ -310,13 +310,12 @@ class EngineProcessClient:
     ) -> None:
         num_tokens = len(request.prompt_token_ids)
         self._check_room(num_tokens)
-        max_model_len = self.info.max_model_len
-        stream.mirror = Mirror(request, params, self.tokenizer, max_model_len)
+        stream.mirror = Mirror(request, params, self.tokenizer)
         stream.num_seqs = len(request.sequences)
         if stream.is_aborted:  # while its prompt was being read
             self._abort(stream)
             return
-        num_output = request.max_length(max_model_len) - num_tokens
+        num_output = request.max_length(self.info.max_model_len) - num_tokens
         stream.ticket = self._queue.put(
             stream,
             key=key,
@@ -418,16 +417,14 @@ class EngineProcessClient:
             self._tell(progress.handle, Mirror.take_progress, progress)
         for handle, found in step.prompt_logprobs.items():
             self._tell(handle, Mirror.take_prompt_logprobs, found)
-        running, logprobs = self._running, step.logprobs
+        running, logprobs, ends = self._running, step.logprobs, step.ends
         tokens = zip(step.handles, step.seq_indices, step.token_ids, strict=True)
         for place, (handle, seq_index, token_id) in enumerate(tokens):
             # Of one that was aborted or has failed tokens may still come.
             if handle in running and self._tell(
-                handle, Mirror.take_token, seq_index, token_id, logprobs.get(place)
+                handle, Mirror.take_token, seq_index, token_id, logprobs.get(place), ends.get(place)
             ):
                 self._open_link.send(messages.EndSequence(handle, seq_index))
-        for ended in step.ended:
-            self._tell(ended.handle, Mirror.take_end, ended)
         for handle, found in step.hypotheses.items():
             self._tell(handle, Mirror.take_hypotheses, found)
         for handle in dict.fromkeys([*step.handles, *step.hypotheses]):

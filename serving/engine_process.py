@@ -82,7 +82,6 @@ class _Open:
 
     handle: int
     request: Request
-    num_unfinished: int
     has_begun: bool = False
     num_preemptions: int = 0
 
@@ -133,7 +132,7 @@ class EngineServer:
         except ValueError as error:
             self._channel.send(messages.Rejected(message.handle, str(error)))
             return
-        opened = _Open(message.handle, request, len(request.unfinished))
+        opened = _Open(message.handle, request)
         self._by_handle[message.handle] = self._by_request[request] = opened
 
     def _forget(self, opened: _Open) -> None:
@@ -146,7 +145,7 @@ class EngineServer:
 
     def _step(self) -> messages.StepTokens | None:
         """Runs a step; what it brought, if anything."""
-        found = messages.StepTokens([], [], [], {}, [], [], {}, {})
+        found = messages.StepTokens([], [], [], {}, {}, [], {}, {})
         touched = self._engine.advance()
         for request in touched:
             opened = self._by_request.get(request)
@@ -173,19 +172,14 @@ class EngineServer:
         self._report_progress(opened, outputs, found)
         num_top = outputs.params.logprobs
         for token in new:
+            place = len(found.handles)
             if token.logprobs is not None and num_top is not None:
-                packed = messages.pack_logprobs(token.logprobs, num_top)
-                found.logprobs[len(found.handles)] = packed
+                found.logprobs[place] = messages.pack_logprobs(token.logprobs, num_top)
+            if token.finish is not None:
+                found.ends[place] = token.finish
             found.handles.append(handle)
             found.seq_indices.append(token.seq_index)
             found.token_ids.append(token.token_id)
-        if len(request.unfinished) < opened.num_unfinished:
-            opened.num_unfinished = len(request.unfinished)
-            found.ended.extend(
-                messages.Ended(handle, seq.seq_index, seq.finish_reason, seq.stop_reason)
-                for seq in request.sequences
-                if seq.finish_reason is not None
-            )
 
     def _report_progress(
         self, opened: _Open, outputs: TokenOutputs, found: messages.StepTokens

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from jpaged.beam_search import BeamToken, Hypothesis
 from jpaged.output_processor import TokenLogprobs
 from jpaged.sampling_params import SamplingParams
+from jpaged.sequence_end import Finish
 from jpaged.serving.engine import EngineInfo
 
 
@@ -140,15 +141,6 @@ class Progress(msgspec.Struct, array_like=True, gc=False):
     num_preemptions: int
 
 
-class Ended(msgspec.Struct, array_like=True, gc=False):
-    """A sequence that ended by its tokens."""
-
-    handle: int
-    seq_index: int
-    finish_reason: str
-    stop_reason: int | str | None
-
-
 class StepTokens(_Message):
     """All that a step brought; the first three lists are parallel, one entry a token.
 
@@ -157,8 +149,8 @@ class StepTokens(_Message):
         seq_indices: Of its sequence.
         token_ids: The token.
         logprobs: Place in those lists to log-probabilities, where they are wanted.
-        progress: Applies before the tokens.
-        ended: Applies after the tokens.
+        ends: Place in those lists to why the sequence ends there, if it does.
+        progress: Of the requests for which it has changed.
         prompt_logprobs: Handle to those of the prompt from its second token on; comes once, with
             the first token.
         hypotheses: Handle to the best ones of a beam search that has ended or was aborted.
@@ -168,8 +160,8 @@ class StepTokens(_Message):
     seq_indices: list[int]
     token_ids: list[int]
     logprobs: dict[int, PackedLogprobs]
+    ends: dict[int, Finish]
     progress: list[Progress]
-    ended: list[Ended]
     prompt_logprobs: dict[int, list[PackedLogprobs]]
     hypotheses: dict[int, list[PackedHypothesis]]
 

@@ -7,11 +7,12 @@ tokens change.
 from typing import TYPE_CHECKING
 
 from jpaged.beam_outputs import BeamOutputs
-from jpaged.output_processor import Finish, RequestOutputs, TokenLogprobs
+from jpaged.output_processor import RequestOutputs, TokenLogprobs
 from jpaged.outputs import RequestOutput
 from jpaged.request import Request, Sequence, SequenceStatus
 from jpaged.sampling_params import SamplingParams
-from jpaged.serving.messages import Ended, PackedHypothesis, PackedLogprobs, Progress
+from jpaged.sequence_end import Finish
+from jpaged.serving.messages import PackedHypothesis, PackedLogprobs, Progress
 from jpaged.serving.messages import unpack_hypothesis as unpack
 from jpaged.tokenizer import Tokenizer
 
@@ -23,15 +24,10 @@ class Mirror:
     """One request as its tokens arrive."""
 
     def __init__(
-        self,
-        request: Request,
-        params: SamplingParams,
-        tokenizer: Tokenizer | None,
-        max_model_len: int,
+        self, request: Request, params: SamplingParams, tokenizer: Tokenizer | None
     ) -> None:
         self.request = request
         self.params = params
-        self._max_length = request.max_length(max_model_len)
         self._hypotheses: list[Hypothesis] = []
         if request.is_beam_search:
             self._outputs = BeamOutputs(request, params, tokenizer, lambda n: self._hypotheses[:n])
@@ -57,25 +53,22 @@ class Mirror:
         for position, logprobs in enumerate(found, start=1):
             self._outputs.add_prompt_logprobs(position, logprobs)
 
-    def take_token(self, seq_index: int, token_id: int, logprobs: TokenLogprobs | None) -> bool:
-        """Takes a token; whether the engine must be told that its sequence ends there."""
+    def take_token(
+        self, seq_index: int, token_id: int, logprobs: TokenLogprobs | None, finish: Finish | None
+    ) -> bool:
+        """Takes a token, and why it ends its sequence; whether its text does, unlike the token.
+
+        The engine is to be told then.
+        """
         seq = self.request.sequences[seq_index]
         if seq.finish_reason is not None:
             return False  # it was sampled before the engine heard of the end
         seq.token_ids.append(token_id)
-        output = self._outputs.sequences[seq_index]
-        finish = output.append(token_id, logprobs, self._max_length)
-        if finish is None:
+        found = self._outputs.sequences[seq_index].append(token_id, logprobs, finish)
+        if found is None:
             return False
-        _end(seq, finish)
-        return isinstance(finish.stop_reason, str)
-
-    def take_end(self, ended: Ended) -> None:
-        """Takes that a sequence has ended, if that does not follow from its tokens."""
-        seq = self.request.sequences[ended.seq_index]
-        if seq.finish_reason is None:
-            output = self._outputs.sequences[ended.seq_index]
-            _end(seq, output.end(Finish(ended.finish_reason, ended.stop_reason)))
+        _end(seq, found)
+        return finish is None
 
     def take_hypotheses(self, found: list[PackedHypothesis]) -> None:
         """Takes what a beam search has found, which ends it."""

@@ -11,6 +11,7 @@ from jpaged.output_processor import RequestOutputs
 from jpaged.outputs import CompletionOutput, RequestOutput
 from jpaged.request import Request, SequenceStatus
 from jpaged.sampling_params import RequestOutputKind, SamplingParams
+from jpaged.sequence_end import SequenceEnd
 from jpaged.tokenizer import Tokenizer
 
 EOS = "<eos>"
@@ -70,9 +71,8 @@ class Run:
             assert not seq.is_finished, "fed after its end"
             seq.token_ids.append(self.id(piece))
             logprobs = None if self.params.logprobs is None else Logprobs()
-            finish = self.outputs.sequences[index].append(
-                seq.token_ids[-1], logprobs, seq.max_length
-            )
+            finish = SequenceEnd(seq, self.params).check(seq.token_ids[-1])
+            finish = self.outputs.sequences[index].append(seq.token_ids[-1], logprobs, finish)
             if finish is not None:
                 self.end(finish.reason, finish.stop_reason, index)
         return self.outputs.output()
