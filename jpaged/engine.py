@@ -6,6 +6,7 @@ discarded.
 """
 
 import dataclasses
+import functools
 import logging
 import time
 from collections import deque
@@ -24,15 +25,14 @@ from jpaged.models.loader import load_model
 from jpaged.output_processor import RequestOutputs
 from jpaged.outputs import RequestOutput
 from jpaged.preemption import PreemptionPolicy
-from jpaged.prompts import Prompt
-from jpaged.request import Request
-from jpaged.request_reader import RequestLimits, RequestReader
+from jpaged.prompts import Prompt, parse_prompt
+from jpaged.request import Request, Sequence
 from jpaged.sampling_params import SamplingParams
 from jpaged.sampling_rows import RequestSampling
 from jpaged.scheduler import Scheduler
 from jpaged.scheduler_output import SchedulerOutput, SchedulerStats
-from jpaged.sequence_end import SequenceEnd
-from jpaged.token_outputs import TokenOutputs
+from jpaged.structured_outputs import Grammar, GrammarCompiler, GrammarMatcher
+from jpaged.structured_outputs_params import StructuredOutputsParams
 from jpaged.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -108,14 +108,11 @@ class Engine:
         ends = () if self.tokenizer is None else self.tokenizer.eos_token_ids
         # A checkpoint may name the end of a turn in its tokenizer only.
         self.eos_token_ids = tuple(dict.fromkeys((*loaded.config.eos_token_ids, *ends)))
-        limits = RequestLimits(
-            vocab_size=loaded.config.vocab_size,
-            max_model_len=scheduler_config.max_model_len,
-            max_num_seqs=scheduler_config.max_num_seqs,
-            max_logprobs=config.max_logprobs,
-            eos_token_ids=self.eos_token_ids,
-        )
-        self._reader = RequestReader(limits, self.tokenizer)
+        self._grammars: GrammarCompiler | None = None
+        if self.tokenizer is not None:
+            self._grammars = GrammarCompiler(
+                self.tokenizer, loaded.config.vocab_size, self.eos_token_ids
+            )
         self._start_scheduler(scheduler_config)
         self._in_flight: deque[StepHandle] = deque()
         self._rng = np.random.default_rng(config.seed)
@@ -124,7 +121,7 @@ class Engine:
         self._num_discarded_tokens = 0
         self._host_time_s = 0.0
         self._last_result_s = 0.0
-        self._finished_early: list[Request] = []
+        self._early_outputs: list[RequestOutput] = []
         self._is_shut_down = False
 
     def _start_scheduler(self, scheduler_config: SchedulerConfig) -> None:
@@ -156,7 +153,39 @@ class Engine:
         """
         if self._is_shut_down:
             raise RuntimeError("the engine was shut down and takes no more requests")
-        request = self._reader.read(request_id, prompt, params, priority=priority)
+        if not isinstance(priority, int):
+            raise ValueError(f"priority must be an integer, got {priority!r}")
+        config = self.model_config
+        parsed = parse_prompt(prompt, self.tokenizer, config.vocab_size)
+        token_ids = parsed.token_ids
+        if len(token_ids) >= self.max_model_len:
+            raise ValueError(
+                f"prompt must be at most {self.max_model_len - 1} tokens so that one can follow "
+                f"within max_model_len={self.max_model_len}, got {len(token_ids)}"
+            )
+        params.validate(
+            vocab_size=config.vocab_size,
+            max_logprobs=self.config.max_logprobs,
+            max_num_seqs=self.scheduler.config.max_num_seqs,
+            eos_token_ids=self.eos_token_ids,
+        )
+        for name in ("stop", "bad_words", "structured_outputs"):
+            if getattr(params, name) and self.tokenizer is None:
+                raise ValueError(f"{name} needs a tokenizer, and this model has none")
+        request = Request(
+            request_id,
+            token_ids,
+            params,
+            prompt=parsed.text,
+            arrival_time=time.monotonic(),
+            priority=priority,
+            cache_salt=parsed.cache_salt,
+            eos_token_ids=self.eos_token_ids,
+            skip_prefix_cache=params.prompt_logprobs is not None,
+            num_seqs=params.num_seqs,
+            is_beam_search=params.use_beam_search,
+            awaits_tokens=params.structured_outputs is not None,
+        )
         sampling = RequestSampling(
             params,
             vocab_size=self.model_config.vocab_size,
@@ -172,19 +201,17 @@ class Engine:
                 max_tokens=max_length - len(request.prompt_token_ids),
                 num_logprobs=sampling.num_logprobs,
             )
-        outputs = self._make_outputs(request, params, beams)
-        ends = [SequenceEnd(seq, params) for seq in request.sequences]
-        request.engine_state = _EngineState(outputs, sampling, ends, beams)
+        else:
+            outputs = RequestOutputs(request, params, self.tokenizer, self._grammar_of(params))
+        request.engine_state = _EngineState(outputs, sampling)
         return request
 
-    def _make_outputs(
-        self, request: Request, params: SamplingParams, beams: BeamGroup | None
-    ) -> RequestOutputs | TokenOutputs:
-        if not self._with_text:
-            return TokenOutputs(request, params)
-        if beams is not None:
-            return BeamOutputs(request, params, self.tokenizer, beams.search.results)
-        return RequestOutputs(request, params, self.tokenizer)
+    def _grammar_of(self, params: SamplingParams) -> Grammar | None:
+        if params.structured_outputs is None:
+            return None
+        assert self._grammars is not None, "checked by the caller"
+        assert isinstance(params.structured_outputs, StructuredOutputsParams), "normalised"
+        return self._grammars.compile(params.structured_outputs)
 
     def _encode_bare(self, text: str) -> list[int]:
         assert self.tokenizer is not None, "checked by the caller"
@@ -212,7 +239,9 @@ class Engine:
         if request is None:
             return False
         self.scheduler.abort_request(request_id)
-        self._finished_early.append(request)
+        output = _state_of(request).outputs.output()
+        if output is not None:
+            self._early_outputs.append(output)
         return True
 
     def end_sequence(self, request_id: str, seq_index: int) -> None:
@@ -224,17 +253,14 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything left to do."""
-        return bool(self.scheduler.has_unfinished() or self._in_flight or self._finished_early)
+        return bool(self.scheduler.has_unfinished() or self._in_flight or self._early_outputs)
 
     # Steps.
 
     def step(self) -> list[RequestOutput]:
         """Dispatches the next step and returns what the one before it brought."""
-        found = (_state_of(request).outputs.output() for request in self.advance())
-        return [output for output in found if output is not None]
-
-    def advance(self) -> list[Request]:
-        """The same, but returns the requests that have something new to tell."""
+        if self._is_worth_waiting():
+            self._early_outputs += self._read(0)
         start = time.perf_counter()
         scheduled = self.scheduler.schedule()
         if scheduled.swap_outs or scheduled.swap_ins:
@@ -244,9 +270,27 @@ class Engine:
         if not scheduled.is_empty:
             self._in_flight.append(self._dispatch(scheduled))
         self._host_time_s += time.perf_counter() - start
-        touched, self._finished_early = self._finished_early, []
-        depth = 1 if self.config.async_scheduling and not scheduled.is_empty else 0
-        while len(self._in_flight) > depth:
+        outputs, self._early_outputs = self._early_outputs, []
+        return outputs + self._read(
+            1 if self.config.async_scheduling and not scheduled.is_empty else 0
+        )
+
+    def _is_worth_waiting(self) -> bool:
+        """Whether most sequences could not be in the next step unless this one is read first.
+
+        They then take part in every step instead of every other one; the rest loses what the host
+        does between two steps.
+        """
+        if not self._in_flight or self._grammars is None or not self._grammars.num_cached:
+            return False
+        seqs = self._in_flight[-1].scheduled.seqs
+        num_awaiting = sum(seq.request.awaits_tokens for seq in seqs)
+        return 2 * num_awaiting > self.scheduler.num_running_seqs
+
+    def _read(self, num_left: int) -> list[RequestOutput]:
+        """Reads the oldest steps in flight, until so many are left."""
+        outputs: list[RequestOutput] = []
+        while len(self._in_flight) > num_left:
             handle = self._in_flight.popleft()
             result = handle.result()
             if self._is_timed:
@@ -277,11 +321,23 @@ class Engine:
                 metrics.first_scheduled_time_s = time.monotonic()
             wants_prompt = state.outputs.prompt_logprobs is not None and seq.seq_index == 0
             self.runner.admit(seq, state.sampling, wants_prompt)
+        self._set_masks([seq for seq in scheduled.admitted if seq.request.awaits_tokens])
         return self.runner.dispatch(scheduled)
 
-    def _process(self, scheduled: SchedulerOutput, result: StepResult) -> list[Request]:
-        touched: dict[Request, None] = {}
+    def _set_masks(self, seqs: list[Sequence]) -> None:
+        """Sends the masks of what structured output allows next; of running sequences."""
+        if not seqs:
+            return
+        assert self._grammars is not None, "structured output was admitted without it"
+        found = [(seq.row, _matcher_of(seq)) for seq in seqs]
+        rows = [row for row, _ in found if row is not None]
+        matchers = [matcher for _, matcher in found]
+        self.runner.set_masks(rows, functools.partial(self._grammars.fill, matchers))
+
+    def _process(self, scheduled: SchedulerOutput, result: StepResult) -> list[RequestOutput]:
+        touched: dict[str, Request] = {}
         searching: dict[Request, None] = {}
+        masked: list[Sequence] = []
         first_token = 0
         for i, seq in enumerate(scheduled.seqs):
             state = _state_of(seq.request)
@@ -311,8 +367,14 @@ class Engine:
             finish = sequence.append(token_id, logprobs, finish)
             if finish is not None:
                 self.scheduler.finish_sequence(seq, finish.reason, finish.stop_reason)
-            touched[seq.request] = None
-        return [*touched, *self._settle_beams(searching)]
+            elif sequence.matcher is not None and seq.row is not None:
+                masked.append(seq)
+            touched[seq.request.request_id] = seq.request
+        self._set_masks(masked)
+        for request in self._settle_beams(searching):
+            touched[request.request_id] = request
+        found = (_state_of(request).outputs.output() for request in touched.values())
+        return [output for output in found if output is not None]
 
     def _settle_beams(self, requests: Iterable[Request]) -> list[Request]:
         """Lets the searches among some requests go on where they can; those that ended."""
@@ -375,6 +437,12 @@ class Engine:
         self._in_flight.clear()
         self.runner.shutdown()
         platform.return_freed_memory()
+
+
+def _matcher_of(seq: Sequence) -> GrammarMatcher:
+    matcher = _state_of(seq.request).outputs.sequences[seq.seq_index].matcher
+    assert matcher is not None, f"no structured output: {seq}"
+    return matcher
 
 
 def _state_of(request: Request) -> _EngineState:

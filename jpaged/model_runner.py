@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from numpy.typing import NDArray
 
-from jpaged import memory, sampler
+from jpaged import memory, sampler, structured_outputs
 from jpaged.block_swapper import BlockSwapper
 from jpaged.compile_plan import CompilePlan, StepShape, step_shapes
 from jpaged.config import SchedulerConfig
@@ -30,6 +30,7 @@ from jpaged.pallas_kernels import KVCacheSpec, copy_blocks
 from jpaged.request import Sequence
 from jpaged.sampling_rows import RequestSampling
 from jpaged.scheduler_output import SchedulerOutput
+from jpaged.token_masks import TokenMasks
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +156,7 @@ class ModelRunner:
         self._wants_prompt = [False] * self._num_rows
         self._is_plain = [False] * self._num_rows
         self._bias_size = vocab_size
+        self._masks = TokenMasks(self._num_rows, vocab_size)
         # Before the pool is sized by what is left of the memory.
         self._params = loaded.params
         self._state = sampler.SamplerState.zeros(self._num_rows, vocab_size)
@@ -188,13 +190,15 @@ class ModelRunner:
             max(packed_size(shape, self.max_blocks_per_seq) for shape in shapes),
         )
         self._lowering = threading.Lock()
+        has_masks = structured_outputs.is_available() and not config.skip_tokenizer_init
+        mask_programs = self._masks.programs() if has_masks else {}
         swap_programs = {} if self._swapper is None else self._swapper.programs()
         self.plan = CompilePlan(
             shapes,
             self._compile,
             num_threads=min(len(shapes), os.cpu_count() or 1, 8),
             strict=config.strict_compilation,
-            others={"init_row": self._compile_init_row, **swap_programs},
+            others={"init_row": self._compile_init_row, **mask_programs, **swap_programs},
         )
         if config.compilation != "lazy":
             self.plan.start()
@@ -380,6 +384,17 @@ class ModelRunner:
             bias_values,
             np.bool_(sampling.only_listed),
         )
+
+    def set_masks(self, rows: list[int], fill: Callable[[NDArray[np.int32]], None]) -> None:
+        """Sets the tokens that structured output allows next in some rows.
+
+        Args:
+            rows: Rows of running sequences.
+            fill: Writes their masks, in that order, into an `int32[N, W]`.
+        """
+        assert self._state is not None, "the runner was shut down"
+        allowed = self._masks.send(self._state.allowed, rows, fill, self.plan.get)
+        self._state = dataclasses.replace(self._state, allowed=allowed)
 
     # Steps.
 

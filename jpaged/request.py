@@ -171,12 +171,15 @@ class Request:
             need; its blocks are shared with others all the same.
         is_beam_search: whether its sequences are beams, which go on only by
             `Scheduler.advance_beams`.
+        awaits_tokens: whether a sequence's next step needs the token of its last one on the host,
+            as the mask of structured output does.
         engine_state: what the engine keeps for it; not looked at here.
     """
 
     __slots__ = (
         "arrival_index",
         "arrival_time",
+        "awaits_tokens",
         "cache_salt",
         "engine_state",
         "eos_token_ids",
@@ -205,6 +208,7 @@ class Request:
         skip_prefix_cache: bool = False,
         num_seqs: int | None = None,
         is_beam_search: bool = False,
+        awaits_tokens: bool = False,
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -217,6 +221,7 @@ class Request:
         self.eos_token_ids = eos_token_ids
         self.skip_prefix_cache = skip_prefix_cache
         self.is_beam_search = is_beam_search
+        self.awaits_tokens = awaits_tokens
         self.engine_state: object = None
         count = sampling_params.n if num_seqs is None else num_seqs
         self.sequences = [Sequence(self, index) for index in range(count)]

@@ -5,8 +5,9 @@ One program serves every mix of parameters: they are traced values, and each fea
 result depends on its own logits, parameters and state only, never on its neighbours; its random
 draw depends only on (seed, sequence index, position).
 
-Order of processing, as vLLM: logit bias with allowed and banned tokens, penalties, temperature,
-min_p, top_k, top_p. Logprobs are those of the logits before any of it.
+Order of processing, as vLLM: logit bias with allowed and banned tokens, the mask of structured
+output, penalties, temperature, min_p, top_k, top_p. Logprobs are those of the logits before any of
+it.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from jax import lax
 
 from jpaged.sampling_params import GREEDY_EPSILON
 from jpaged.sampling_rows import Column
+from jpaged.structured_outputs import mask_width
 from jpaged.token_choice import all_weights, argmax, draw, kept_weights, top_k, uniforms
 
 
@@ -43,6 +45,7 @@ class SamplingInputs:
     seq_index: jax.Array  # i32[S]
     num_logprobs: jax.Array  # i32[S], -1 = none
     has_bias: jax.Array  # bool[S]
+    has_mask: jax.Array  # bool[S]
     position: jax.Array  # i32[S]
     rows: jax.Array  # i32[S]
     input_token: jax.Array  # i32[S]
@@ -57,13 +60,15 @@ class SamplerState:
     """What the sampler keeps of R sequences between steps; donated through them.
 
     Only `last_tokens` is kept for every sequence. A row of the others must be initialised by
-    `init_row` before a sequence that needs it (`RequestSampling.needs_state`) is first sampled.
+    `init_row` before a sequence that needs it (`RequestSampling.needs_state`) is first sampled, and
+    a row of `allowed` be written before each token of structured output.
     """
 
     last_tokens: jax.Array  # i32[R], the token sampled last
     output_counts: jax.Array  # i32[R, V], occurrences of each token in the output
     prompt_mask: jax.Array  # bool[R, V], whether the prompt has the token
     bias: jax.Array  # f32[R, V], added to the logits
+    allowed: jax.Array  # i32[R, W], a bit for each token that structured output allows
 
     @classmethod
     def zeros(cls, num_rows: int, vocab_size: int) -> "SamplerState":
@@ -74,6 +79,7 @@ class SamplerState:
             output_counts=jnp.zeros(shape, jnp.int32),
             prompt_mask=jnp.zeros(shape, jnp.bool_),
             bias=jnp.zeros(shape, jnp.float32),
+            allowed=jnp.zeros((num_rows, mask_width(vocab_size)), jnp.int32),
         )
 
 
@@ -144,6 +150,7 @@ def unpack_sampling_inputs(
         seq_index=packed_rows[:, Column.SEQ_INDEX],
         num_logprobs=packed_rows[:, Column.NUM_LOGPROBS],
         has_bias=packed_rows[:, Column.HAS_BIAS] != 0,
+        has_mask=packed_rows[:, Column.HAS_MASK] != 0,
         position=position,
         rows=rows,
         input_token=input_token,
@@ -205,6 +212,7 @@ def sample(
     """
     logits = logits.astype(jnp.float32)
     biased = inputs.samples & inputs.has_bias
+    masked = inputs.samples & inputs.has_mask
     bans = _active_bans(inputs)
     penalised = inputs.samples & (
         (inputs.presence_penalty != 0.0)
@@ -215,6 +223,7 @@ def sample(
 
     def process(logits: jax.Array) -> jax.Array:
         x = _if_any(biased, partial(_add_bias, biased, inputs, state), logits)
+        x = _if_any(masked, partial(_mask, masked, inputs, state, logits), x)
         x = _if_any(bans, partial(_ban, bans, inputs), x)
         return _if_any(penalised, partial(_penalise, penalised, inputs, state), x)
 
@@ -222,7 +231,7 @@ def sample(
         return lax.cond(random.any(), partial(_draw, random, inputs), argmax, x)
 
     # Two branches, so that logits which need no processing are not copied.
-    processed = biased.any() | bans.any() | penalised.any()
+    processed = biased.any() | masked.any() | bans.any() | penalised.any()
     tokens = lax.cond(processed, lambda x: choose(process(x)), choose, logits)
 
     num_rows = state.last_tokens.shape[0]
@@ -295,6 +304,19 @@ def _add_bias(
     biased: jax.Array, inputs: SamplingInputs, state: SamplerState, x: jax.Array
 ) -> jax.Array:
     return jnp.where(biased[:, None], x + state.bias[inputs.rows], x)
+
+
+def _mask(
+    masked: jax.Array, inputs: SamplingInputs, state: SamplerState, logits: jax.Array, x: jax.Array
+) -> jax.Array:
+    """Bans what structured output does not allow; what left a row no token before gives way."""
+    words = state.allowed[inputs.rows]
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.int32)) & 1
+    allowed = bits.reshape(words.shape[0], -1)[:, : x.shape[1]] != 0
+    y = jnp.where(allowed, x, -jnp.inf)
+    is_left = (y.max(axis=1) > -jnp.inf)[:, None]
+    y = jnp.where(is_left, y, jnp.where(allowed, logits, -jnp.inf))
+    return jnp.where(masked[:, None], y, x)
 
 
 def _ban(bans: jax.Array, inputs: SamplingInputs, x: jax.Array) -> jax.Array:

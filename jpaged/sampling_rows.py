@@ -36,6 +36,7 @@ class Column(IntEnum):
     SEQ_INDEX = auto()
     NUM_LOGPROBS = auto()
     HAS_BIAS = auto()
+    HAS_MASK = auto()
 
 
 NUM_COLUMNS = len(Column)
@@ -54,6 +55,7 @@ def pack_row(
     seq_index: int = 0,
     num_logprobs: int = -1,
     has_bias: bool = False,
+    has_mask: bool = False,
 ) -> NDArray[np.int32]:
     """Returns one row, `int32[NUM_COLUMNS]`; the defaults are greedy sampling and nothing else.
 
@@ -65,7 +67,7 @@ def pack_row(
         np.float32,
     )
     words = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], np.uint32)
-    integers = np.array([seq_index, num_logprobs, has_bias], np.int32)
+    integers = np.array([seq_index, num_logprobs, has_bias, has_mask], np.int32)
     return np.concatenate(
         [floats.view(np.int32), np.array([top_k], np.int32), words.view(np.int32), integers]
     )
@@ -131,6 +133,7 @@ class RequestSampling:
         params = self._params
         filters = self._row[Column.TOP_K] > 0 or params.min_p > 0.0 or params.top_p < 1.0
         asks_more = self.needs_state or self.may_ban or self.num_logprobs >= 0
+        asks_more |= params.structured_outputs is not None
         return not asks_more and (params.is_greedy or not filters)
 
     @property
@@ -225,6 +228,7 @@ class RequestSampling:
             seed=seed,
             num_logprobs=self.num_logprobs,
             has_bias=self.has_bias,
+            has_mask=params.structured_outputs is not None,
         )
 
 

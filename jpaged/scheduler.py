@@ -1,8 +1,9 @@
 """What runs in the next step: token budget, admission, preemption.
 
 Schedules step n+1 before the tokens of step n are known: a sampled token counts as pending until
-`append_token` brings it, and a decode whose input is pending takes it on the device. Decides order
-and amounts only; blocks are the block manager's, stops and text are the engine's.
+`append_token` brings it, and a decode whose input is pending takes it on the device, unless its
+request awaits its tokens. Decides order and amounts only; blocks are the block manager's, stops and
+text are the engine's.
 
 Running requests are kept in order (arrival, or priority and then arrival) and served in that order,
 so whoever is preempted for lack of blocks, always the last, has not been scheduled in the same
@@ -223,6 +224,7 @@ class Scheduler:
         # Preempting shortens the list from its end while it is walked, which a list iterator
         # allows.
         for request in self._running:
+            awaits_tokens = request.awaits_tokens
             for seq in request.unfinished:
                 if seq.in_prefill:
                     if self._schedule_chunk(seq):
@@ -231,11 +233,13 @@ class Scheduler:
                 computed = seq.num_computed_tokens
                 if computed + 1 >= seq.max_length:
                     continue  # Its last token is pending, or awaits the engine's verdict.
+                pending = seq.num_pending
+                if awaits_tokens and pending:
+                    continue
                 if computed >= seq.num_writable_slots and not self._allocate(seq, 1):
                     continue
                 seqs.append(seq)
                 starts.append(computed)
-                pending = seq.num_pending
                 uses_pending.append(pending > 0)
                 seq.num_computed_tokens = computed + 1
                 seq.num_pending = pending + 1

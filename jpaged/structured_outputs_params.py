@@ -50,10 +50,7 @@ class StructuredOutputsParams:
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be True or False, got {value!r}")
             self._set(name, value)
-        given = [name for name in _FORMS if getattr(self, name) not in (None, False)]
-        # Unlike `json_object`, the schema `false` says something.
-        if self.json is False:
-            given.insert(0, "json")
+        given = self._given()
         if len(given) != 1:
             raise ValueError(
                 f"structured_outputs must have exactly one of {', '.join(_FORMS)}, got "
@@ -66,9 +63,9 @@ class StructuredOutputsParams:
         for name in ("regex", "grammar", "whitespace_pattern"):
             _check_text(name, getattr(self, name))
         self._check_whitespace(given[0])
-        if (size := self._size()) > MAX_SPEC_CHARS:
+        if self.num_chars > MAX_SPEC_CHARS:
             raise ValueError(
-                f"{given[0]} must have at most {MAX_SPEC_CHARS} characters, got {size}"
+                f"{given[0]} must have at most {MAX_SPEC_CHARS} characters, got {self.num_chars}"
             )
 
     @classmethod
@@ -86,6 +83,22 @@ class StructuredOutputsParams:
                 )
         return cls(**fields)
 
+    @property
+    def form(self) -> str:
+        """The name of the field that says the form."""
+        return self._given()[0]
+
+    @property
+    def num_chars(self) -> int:
+        """Characters of the specification."""
+        texts = (self.json, self.regex, self.grammar, *(self.choice or ()))
+        return sum(len(text) for text in texts if isinstance(text, str))
+
+    def _given(self) -> list[str]:
+        given = [name for name in _FORMS if getattr(self, name) not in (None, False)]
+        # Unlike `json_object`, the schema `false` says something.
+        return ["json", *given] if self.json is False else given
+
     def _check_whitespace(self, form: str) -> None:
         for name in ("disable_any_whitespace", "whitespace_pattern"):
             value = getattr(self, name)
@@ -96,10 +109,6 @@ class StructuredOutputsParams:
                 "whitespace_pattern must be None with disable_any_whitespace=True, got "
                 f"{self.whitespace_pattern!r}"
             )
-
-    def _size(self) -> int:
-        texts = (self.json, self.regex, self.grammar, *(self.choice or ()))
-        return sum(len(text) for text in texts if isinstance(text, str))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

@@ -1,0 +1,281 @@
+"""Grammars of structured output: compiled off the engine's thread, cached, and followed by tokens.
+
+Owns all use of the package `llguidance`. What it is given may be hostile: a specification's size
+(`StructuredOutputsParams`) and the package's limits bound the time and memory of a compilation and
+of each mask; whatever goes wrong is one line that names the cause.
+"""
+
+import collections
+import concurrent.futures
+import importlib.util
+import json
+import threading
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jpaged.structured_outputs_params import StructuredOutputsParams
+
+if TYPE_CHECKING:
+    from jpaged.tokenizer import Tokenizer
+
+MAX_CACHED_GRAMMARS = 256
+MAX_CACHED_CHARS = 16 << 20
+"""Of the specifications of cached grammars, all together."""
+
+# Compilations at once: more would take the engine's thread its processors.
+_NUM_COMPILATIONS = 2
+_MAX_MESSAGE_CHARS = 400
+# Of the package's limits its defaults hold: a compilation takes at most seconds and the mask of a
+# token some milliseconds. Its long messages would show the grammar's inside.
+_LIMITS: dict[str, Any] = {"verbose_errors": False}
+
+
+def is_available() -> bool:
+    """Whether the package that structured outputs need is installed."""
+    return importlib.util.find_spec("llguidance") is not None
+
+
+def mask_width(vocab_size: int) -> int:
+    """32-bit words of a mask of a vocabulary."""
+    return -(-vocab_size // 32)
+
+
+class Grammar:
+    """A compiled specification; many sequences may follow it.
+
+    Attributes:
+        first_mask: `int32[W]`, the tokens that may come first; one bit each.
+    """
+
+    def __init__(self, tokenizer: Any, text: str, width: int) -> None:
+        """Compiles llguidance's form of a grammar.
+
+        Raises:
+            ValueError: It is not valid, or beyond the limits.
+        """
+        self._tokenizer = tokenizer
+        self._text = text
+        self._prototype = self._compile()
+        self.first_mask = np.zeros(width, np.int32)
+        _compute_mask(self._prototype, self.first_mask)
+        if self._prototype.is_error():
+            raise ValueError(_one_line(self._prototype.get_error()))
+
+    def _compile(self) -> Any:
+        import llguidance
+
+        limits = llguidance.LLParserLimits(**_LIMITS)
+        return llguidance.LLMatcher(self._tokenizer, self._text, log_level=0, limits=limits)
+
+    def start(self) -> Any:
+        """A matcher of the package that has seen no token."""
+        return self._prototype.deep_copy()
+
+    def renew(self, token_ids: Sequence[int]) -> Any:
+        """A matcher that has seen these tokens and shares nothing with those of before.
+
+        All matchers of a grammar share what was worked out of its lexer, and so its limit: it may
+        be reached by what others made of it.
+        """
+        self._prototype = self._compile()
+        matcher = self.start()
+        matcher.consume_tokens(list(token_ids))
+        return matcher
+
+
+class GrammarMatcher:
+    """Where one sequence stands in its grammar.
+
+    Args:
+        grammar: Its grammar.
+        end_token_ids: Tokens that end the output where it is complete, beside the model's.
+    """
+
+    def __init__(self, grammar: Grammar, end_token_ids: Iterable[int] = ()) -> None:
+        self._grammar = grammar
+        self._ends = np.array(list(end_token_ids), np.int32)
+        self._matcher = grammar.start()
+        self._token_ids: list[int] = []
+
+    @property
+    def backend(self) -> Any:
+        """The package's own matcher."""
+        return self._matcher
+
+    @property
+    def error(self) -> str | None:
+        """Why the grammar cannot be followed any further."""
+        if not self._matcher.is_error():
+            return None
+        return f"structured_outputs: {_one_line(self._matcher.get_error())}"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the output is complete and nothing can follow it."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def advance(self, token_id: int) -> None:
+        """Takes the token that was sampled; `error` may say something afterwards."""
+        if self._matcher.is_error():
+            return
+        self._token_ids.append(token_id)
+        if not self._matcher.consume_token(token_id):
+            self._matcher = self._grammar.renew(self._token_ids)
+
+    def check_mask(self, mask: NDArray[np.int32]) -> None:
+        """Completes a mask that was computed: tries again what failed, adds the end tokens."""
+        if self._matcher.is_error():
+            self._matcher = self._grammar.renew(self._token_ids)
+            _compute_mask(self._matcher, mask)
+        if len(self._ends) and self._matcher.is_accepting():
+            words = mask.view(np.uint32)
+            np.bitwise_or.at(words, self._ends >> 5, np.uint32(1) << (self._ends & 31).view("u4"))
+
+
+class GrammarCompiler:
+    """Compiles specifications for one vocabulary, and fills masks; safe to use from many threads.
+
+    Args:
+        tokenizer: The model's.
+        vocab_size: Token ids that the model can produce; those beyond the tokenizer's are never
+            allowed.
+        eos_token_ids: The model's end-of-sequence tokens.
+    """
+
+    def __init__(
+        self, tokenizer: "Tokenizer", vocab_size: int, eos_token_ids: Sequence[int]
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = list(eos_token_ids)
+        self._lock = threading.Lock()
+        self._slots = threading.BoundedSemaphore(_NUM_COMPILATIONS)
+        self._backend: Any = None
+        self._executor: Any = None
+        # In order of last use.
+        self._cache: collections.OrderedDict[
+            StructuredOutputsParams, concurrent.futures.Future[Grammar]
+        ] = collections.OrderedDict()
+        self._num_cached_chars = 0
+
+    @property
+    def num_cached(self) -> int:
+        """Grammars in the cache."""
+        return len(self._cache)
+
+    def compile(self, params: StructuredOutputsParams) -> Grammar:
+        """The grammar of a specification; takes up to seconds the first time.
+
+        Raises:
+            ValueError: The specification is not valid, asks for what is not supported or is beyond
+                the limits; or `llguidance` is missing.
+        """
+        future: concurrent.futures.Future[Grammar] = concurrent.futures.Future()
+        with self._lock:
+            found = self._cache.setdefault(params, future)
+            self._cache.move_to_end(params)
+            if found is future:
+                self._num_cached_chars += params.num_chars
+                self._evict()
+        if found is future:
+            try:
+                with self._slots:
+                    future.set_result(self._compile(params))
+            except BaseException as error:
+                future.set_exception(error)
+                with self._lock:
+                    if self._cache.get(params) is future:
+                        self._drop(params)
+        return found.result()
+
+    def fill(self, matchers: Sequence[GrammarMatcher], masks: NDArray[np.int32]) -> None:
+        """Writes the mask of each matcher, `int32[N, W]`; in parallel."""
+        pairs = [(matcher.backend, i) for i, matcher in enumerate(matchers)]
+        if len(pairs) == 1:
+            _compute_mask(pairs[0][0], masks[0])
+        else:
+            self._executor.unsafe_compute_mask_ptr(
+                pairs, masks.ctypes.data, masks.strides[0], len(masks)
+            )
+        for matcher, mask in zip(matchers, masks, strict=False):
+            matcher.check_mask(mask)
+
+    def _compile(self, params: StructuredOutputsParams) -> Grammar:
+        tokenizer = self._get_backend()
+        try:
+            return Grammar(tokenizer, _grammar_text(params), mask_width(self._vocab_size))
+        except ValueError as error:
+            raise ValueError(
+                f"structured_outputs.{params.form} cannot be used: {_one_line(str(error))}"
+            ) from None
+
+    def _get_backend(self) -> Any:
+        """The tokenizer as the package sees it; made when it is first needed."""
+        if not is_available():
+            raise ValueError(
+                'structured_outputs needs the package llguidance: pip install "jpaged[structured]"'
+            )
+        import llguidance
+
+        with self._lock:
+            if self._backend is None:
+                if self._tokenizer.vocab_size > self._vocab_size:
+                    raise ValueError(
+                        "structured_outputs needs a tokenizer with at most as many tokens as the "
+                        f"model ({self._vocab_size}), got {self._tokenizer.vocab_size}"
+                    )
+                self._backend = llguidance.LLTokenizer(
+                    self._tokenizer.backend.to_str(),
+                    n_vocab=self._vocab_size,
+                    eos_token=self._eos_token_ids or None,
+                )
+                self._executor = llguidance.LLExecutor()
+            return self._backend
+
+    def _evict(self) -> None:
+        while len(self._cache) > 1 and (
+            len(self._cache) > MAX_CACHED_GRAMMARS or self._num_cached_chars > MAX_CACHED_CHARS
+        ):
+            self._drop(next(iter(self._cache)))
+
+    def _drop(self, params: StructuredOutputsParams) -> None:
+        del self._cache[params]
+        self._num_cached_chars -= params.num_chars
+
+
+def _compute_mask(matcher: Any, mask: NDArray[np.int32]) -> None:
+    matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+
+
+def _grammar_text(params: StructuredOutputsParams) -> str:
+    """A specification in the package's own form."""
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    if params.regex is not None:
+        return LLMatcher.grammar_from_regex(params.regex)
+    if params.choice is not None:
+        # JSON leaves one character as it is that Lark wants escaped.
+        strings = [json.dumps(choice).replace("\x7f", "\\u007f") for choice in params.choice]
+        return LLMatcher.grammar_from_lark(f"start: {' | '.join(strings)}")
+    if params.grammar is not None:
+        try:
+            return LLMatcher.grammar_from_lark(any_to_lark(params.grammar))
+        except Exception as error:  # the converter raises bare Exception
+            raise ValueError(str(error)) from error
+    options: Any = {"lenient": False}
+    if params.disable_any_whitespace:
+        options["whitespace_flexible"] = False
+    if params.whitespace_pattern is not None:
+        options["whitespace_pattern"] = params.whitespace_pattern
+    schema = '{"type": "object"}' if params.json_object else params.json
+    assert isinstance(schema, str), "a schema is kept as text"
+    return LLMatcher.grammar_from_json_schema(schema, overrides=options)
+
+
+def _one_line(text: str) -> str:
+    text = " ".join(text.replace("<non-verbose/>", "").split())
+    return text if len(text) <= _MAX_MESSAGE_CHARS else text[:_MAX_MESSAGE_CHARS] + "…"
