@@ -17,12 +17,13 @@ from jpaged.outputs import RequestOutput
 from jpaged.prompts import Prompt
 from jpaged.request import Request
 from jpaged.request_reader import RequestLimits, RequestReader
-from jpaged.sampling_params import RequestOutputKind, SamplingParams
+from jpaged.sampling_params import SamplingParams
 from jpaged.serving import messages
-from jpaged.serving.admission import AdmissionQueue, Ticket
+from jpaged.serving.admission import AdmissionQueue
 from jpaged.serving.engine import EngineInfo
 from jpaged.serving.engine_link import ENGINE_COMMAND, EngineLink
 from jpaged.serving.mirror import Mirror
+from jpaged.serving.stream import Stream
 from jpaged.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -31,60 +32,6 @@ _Told = TypeVar("_Told")
 _LONG_PROMPT = 2048
 """Characters, or token ids, from which a prompt is read in a thread."""
 _NUM_READERS = 2
-
-
-class _Stream:
-    """One request, from its arrival to its end; woken when there is something new to tell.
-
-    What comes while nobody reads is told in one output, so an unread stream keeps no more than the
-    request's own tokens.
-    """
-
-    def __init__(self) -> None:
-        self.is_aborted = False
-        self.handle = -1
-        self.mirror: Mirror | None = None
-        self.ticket: Ticket[_Stream] | None = None
-        self.num_seqs = 0
-        self._is_new = False
-        self._error: BaseException | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether all its sequences have ended."""
-        return self.mirror is not None and self.mirror.is_finished
-
-    def wake(self) -> None:
-        """Tells whoever reads that there is more."""
-        mirror = self.mirror
-        if mirror is not None and (
-            mirror.is_finished or mirror.params.output_kind is not RequestOutputKind.FINAL_ONLY
-        ):
-            self._is_new = True
-            self._release()
-
-    def fail(self, error: BaseException) -> None:
-        """Ends the iterator with an error, once it has told what came before."""
-        self._error = error
-        self._release()
-
-    async def get(self) -> RequestOutput:
-        while True:
-            if self._is_new:
-                self._is_new = False
-                assert self.mirror is not None, "woken before its prompt was read"
-                output = self.mirror.output()
-                if output is not None:
-                    return output
-            if self._error is not None:
-                raise self._error
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-
-    def _release(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
 
 class EngineProcessClient:
@@ -101,10 +48,10 @@ class EngineProcessClient:
         max_num_queued_reqs: int | None = None,
         max_num_queued_tokens: int | None = None,
     ) -> None:
-        self._queue = AdmissionQueue[_Stream](max_num_queued_reqs, max_num_queued_tokens)
-        self._streams: dict[str, _Stream] = {}
+        self._queue = AdmissionQueue[Stream](max_num_queued_reqs, max_num_queued_tokens)
+        self._streams: dict[str, Stream] = {}
         # Those that the engine has, by handle, and how many sequences they are.
-        self._running: dict[int, _Stream] = {}
+        self._running: dict[int, Stream] = {}
         self._num_running_seqs = 0
         self._num_being_read = 0
         self._handles = itertools.count()
@@ -209,7 +156,7 @@ class EngineProcessClient:
                 f"request_id {request_id!r} is already in use by an unfinished request"
             )
         self._check_room(0)
-        stream = self._streams[request_id] = _Stream()
+        stream = self._streams[request_id] = Stream()
         self._idle.clear()
         try:
             request = await self._read(request_id, prompt, params, priority)
@@ -306,7 +253,7 @@ class EngineProcessClient:
             self._queue.check_room(num_tokens, self._num_being_read)
 
     def _put(
-        self, stream: _Stream, request: Request, params: SamplingParams, key: str | None
+        self, stream: Stream, request: Request, params: SamplingParams, key: str | None
     ) -> None:
         num_tokens = len(request.prompt_token_ids)
         self._check_room(num_tokens)
@@ -347,7 +294,7 @@ class EngineProcessClient:
                 )
             )
 
-    def _abort(self, stream: _Stream) -> None:
+    def _abort(self, stream: Stream) -> None:
         """Ends a request now; of a beam search the engine says what it has found."""
         stream.is_aborted = True
         mirror = stream.mirror
@@ -363,13 +310,13 @@ class EngineProcessClient:
         mirror.abort()
         stream.wake()
 
-    def _take_out(self, stream: _Stream) -> None:
+    def _take_out(self, stream: Stream) -> None:
         """Notes that the engine does not have a request any more."""
         if self._running.pop(stream.handle, None) is not None:
             self._num_running_seqs -= stream.num_seqs
             self._hand_over()
 
-    def _leave(self, request_id: str, stream: _Stream) -> None:
+    def _leave(self, request_id: str, stream: Stream) -> None:
         """Forgets a request that nobody reads any more."""
         if stream.ticket is not None:
             self._queue.cancel(stream.ticket)

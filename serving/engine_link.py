@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import zmq
 
 from jpaged.serving import messages
-from jpaged.serving.engine_process import FROM_ENGINE, TO_ENGINE, open_socket
+from jpaged.serving.engine_channel import FROM_ENGINE, TO_ENGINE, open_socket
 
 logger = logging.getLogger(__name__)
 

@@ -8,15 +8,16 @@ Ends by itself as soon as its standard input is closed, that is, when the proces
 has ended, however that came about.
 """
 
+import collections
 import dataclasses
 import logging
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
-
-import zmq
 
 from jpaged.engine_config import EngineConfig
 from jpaged.models.sources import DEFAULT_MODEL
@@ -24,6 +25,7 @@ from jpaged.pool_view import view_pool
 from jpaged.request import Request
 from jpaged.serving import messages
 from jpaged.serving.engine import EngineInfo
+from jpaged.serving.engine_channel import Channel
 from jpaged.token_outputs import TokenOutputs
 
 if TYPE_CHECKING:
@@ -31,49 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FROM_ENGINE, TO_ENGINE = "from-engine", "to-engine"
-"""Names of the two sockets in the directory that the processes share at the start."""
+_NUM_COMPILING = 2
 _USERS_FAULTS = (ValueError, NotImplementedError, RuntimeError, ImportError, OSError)
-
-
-def open_socket(context: "zmq.Context[zmq.Socket[bytes]]", kind: int) -> "zmq.Socket[bytes]":
-    """A socket that never drops a message: what waits is bounded by the requests that run.
-
-    Who sends connects and who receives binds, so that sending never waits either.
-    """
-    socket = context.socket(kind)
-    socket.set_hwm(0)
-    return socket
-
-
-class Channel:
-    """The engine's end of the sockets."""
-
-    def __init__(self, directory: str) -> None:
-        self._context = zmq.Context()
-        self._receiver = open_socket(self._context, zmq.PULL)
-        self._receiver.bind(f"ipc://{directory}/{TO_ENGINE}")
-        self._sender = open_socket(self._context, zmq.PUSH)
-        self._sender.connect(f"ipc://{directory}/{FROM_ENGINE}")
-
-    def receive(self, *, wait: bool) -> list[messages.ToEngine]:
-        """All messages that are there; at least one if it is to wait."""
-        if wait:
-            self._receiver.poll()
-        found = []
-        while True:
-            try:
-                found.append(messages.decode_to_engine(self._receiver.recv(zmq.NOBLOCK)))
-            except zmq.Again:
-                return found
-
-    def send(self, message: messages.FromEngine) -> None:
-        """Sends a message; does not wait."""
-        self._sender.send(messages.encode(message))
-
-    def close(self) -> None:
-        """Ends the sockets once all is sent, or after a second."""
-        self._context.destroy(linger=1000)
 
 
 @dataclasses.dataclass(slots=True)
@@ -94,6 +55,10 @@ class EngineServer:
         self._channel = channel
         self._by_handle: dict[int, _Open] = {}
         self._by_request: dict[Request, _Open] = {}
+        # Requests whose grammars are compiled meanwhile; None once one was aborted.
+        self._compiling: dict[int, messages.Add | None] = {}
+        self._compiled: collections.deque[tuple[int, Future[Request]]] = collections.deque()
+        self._threads = ThreadPoolExecutor(_NUM_COMPILING, thread_name_prefix="jpaged-grammar")
 
     def serve(self) -> None:
         """Runs until it is told to stop."""
@@ -103,6 +68,8 @@ class EngineServer:
                 if isinstance(message, messages.Stop):
                     return
                 self._handle(message)
+            while self._compiled:
+                self._take_compiled(*self._compiled.popleft())
             if engine.has_unfinished and (step := self._step()) is not None:
                 channel.send(step)
 
@@ -110,6 +77,8 @@ class EngineServer:
         match message:
             case messages.Add():
                 self._add(message)
+            case messages.Abort(handle) if handle in self._compiling:
+                self._compiling[handle] = None
             case messages.Abort(handle):
                 if (opened := self._by_handle.get(handle)) is not None:
                     self._engine.abort_request(opened.request.request_id)
@@ -122,18 +91,43 @@ class EngineServer:
                 self._channel.send(messages.Answer(call, self._answer(what)))
 
     def _add(self, message: messages.Add) -> None:
-        engine = self._engine
-        prompt = {"prompt_token_ids": message.prompt_token_ids, "cache_salt": message.cache_salt}
-        try:
-            request = engine.make_request(
-                message.request_id, prompt, message.params, priority=message.priority
-            )
-            engine.add_request(request)
-        except ValueError as error:
-            self._channel.send(messages.Rejected(message.handle, str(error)))
+        if "structured_outputs" not in message.params:
+            self._queue(message.handle, lambda: self._make_request(message))
             return
-        opened = _Open(message.handle, request)
-        self._by_handle[message.handle] = self._by_request[request] = opened
+        # A grammar may take seconds to compile, and the others' steps must go on.
+        handle = message.handle
+        self._compiling[handle] = message
+        future = self._threads.submit(self._make_request, message)
+        future.add_done_callback(lambda done: self._note_compiled(handle, done))
+
+    def _make_request(self, message: messages.Add) -> Request:
+        return self._engine.make_request(
+            message.request_id,
+            {"prompt_token_ids": message.prompt_token_ids, "cache_salt": message.cache_salt},
+            SamplingParams(**message.params),
+            priority=message.priority,
+        )
+
+    def _note_compiled(self, handle: int, done: "Future[Request]") -> None:
+        self._compiled.append((handle, done))
+        self._channel.wake()
+
+    def _take_compiled(self, handle: int, done: "Future[Request]") -> None:
+        if self._compiling.pop(handle) is not None:
+            self._queue(handle, done.result)
+
+    def _queue(self, handle: int, make: Callable[[], Request]) -> None:
+        try:
+            request = make()
+            self._engine.add_request(request)
+        except ValueError as error:
+            self._channel.send(messages.Rejected(handle, str(error)))
+            return
+        except Exception as error:  # ours or a library's, but not a reason to end all requests
+            logger.exception("a request could not be read")
+            self._channel.send(messages.Rejected(handle, f"the request cannot run: {error}"))
+            return
+        self._by_handle[handle] = self._by_request[request] = _Open(handle, request)
 
     def _forget(self, opened: _Open) -> None:
         del self._by_handle[opened.handle], self._by_request[opened.request]

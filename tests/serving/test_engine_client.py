@@ -37,6 +37,9 @@ _MIX: tuple[dict[str, Any], ...] = (
     {"seed": 10, "min_p": 0.05, "allowed_token_ids": list(range(3, 60))},
     {"seed": 11, "skip_special_tokens": False, "ignore_eos": True},
     {"seed": 12, "detokenize": False},
+    {"seed": 13, "n": 2, "structured_outputs": {"regex": "[a-f]{2,9}[.]"}},
+    # With a seed: without one it would draw when its grammar is compiled, whenever that is.
+    {"temperature": 0, "seed": 14, "structured_outputs": {"choice": ["the fox", "a hen"]}},
     {},
     {"n": 2},
 )
@@ -295,7 +298,8 @@ def test_bad_requests_are_refused_and_disturb_nobody(run):
             ([96], SHORT, {}, r"prompt_token_ids must be in \[0, 95\]"),
             ("a", SamplingParams(logprobs=21), {}, "logprobs must be at most"),
             ("a", SHORT, {"priority": 1}, 'priority needs an engine with policy="priority"'),
-            # Only the engine knows what its sampler can ban at once.
+            # Only the engine knows what its sampler can ban at once, and what a grammar means.
+            ("a", SamplingParams(structured_outputs={"regex": "("}), {}, "regex"),
             ("a", SamplingParams(stop_token_ids=range(3, 60), min_tokens=2), {}, "at most 32"),
         ]
         good = asyncio.create_task(_collect(client, "hello", LONG, "good"))
