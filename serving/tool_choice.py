@@ -80,7 +80,10 @@ def plan_tools(body: ChatCompletionRequest, settings: ServerSettings) -> ToolPla
             )
         return ToolPlan(
             tools=body.tools,
-            structure={"json": _parameters(function.parameters)},
+            structure={
+                "json": _parameters(function.parameters),
+                "disable_any_whitespace": True,
+            },
             stream=lambda: NamedCallStream(function.name),
             calls_end_answer=False,
             call_id=make_id,
