@@ -16,6 +16,8 @@ from jpaged.serving.sampling import Structure
 from jpaged.serving.settings import ServerSettings
 from jpaged.serving.tool_parsers import ToolStream, get_tool_parser, needs_special_tokens
 
+# With these what is declared may stand elsewhere.
+_COMBINED = {"anyOf", "oneOf", "allOf", "$ref", "if", "patternProperties", "dependentSchemas"}
 _ALPHANUMERIC = string.ascii_letters + string.digits
 
 
@@ -129,6 +131,9 @@ def _parameters(schema: dict[str, Any] | None) -> dict[str, Any]:
         return {"type": "object", "properties": {}}
     if schema.get("type", "object") != "object":
         raise bad_request('tools must have parameters of type "object"', "tools")
+    if _COMBINED.isdisjoint(schema):
+        # A function takes what it declares; a model that may add more goes on and on.
+        schema = {"additionalProperties": False, **schema}
     return {**schema, "type": "object"}
 
 

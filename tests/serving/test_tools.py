@@ -136,6 +136,7 @@ def test_a_named_function_gets_its_arguments(client, engine):
     assert reason == "stop", "as OpenAI has it"
     schema = json.loads(engine.asked[0].params.structured_outputs.json)
     assert schema["properties"] == {"text": {"type": "string"}}
+    assert schema["additionalProperties"] is False
     _, (call,), reason = streamed(client, tool_choice=NAMED)
     assert (call["name"], call["arguments"], reason) == ("ask", '{"text": "a"}', "stop")
 
@@ -190,6 +191,15 @@ def test_wrong_tools_are_refused(client, fields, param):
 def test_strict_needs_a_forced_call(auto):
     strict = {"type": "function", "function": {"name": "f", "strict": True}}
     assert post(auto, tools=[strict]).json()["error"]["param"] == "tools"
+
+
+@pytest.mark.parametrize("parameters", [{"additionalProperties": True}, {"anyOf": []}])
+def test_functions_may_take_more_than_they_declare_if_they_say_so(client, engine, parameters):
+    engine.pieces = ["{}"]
+    one = {"type": "function", "function": {"name": "ask", "parameters": parameters}}
+    message(client, tools=[one], tool_choice=NAMED)
+    schema = json.loads(engine.asked[0].params.structured_outputs.json)
+    assert schema == parameters | {"type": "object"}
 
 
 def test_shared_definitions_move_to_the_root(client, engine):
