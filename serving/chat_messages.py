@@ -6,8 +6,9 @@ from typing import Any
 
 from jpaged.serving.errors import bad_request
 from jpaged.serving.prompt_reader import off_loop
-from jpaged.serving.protocol_chat import Message, Tool
+from jpaged.serving.protocol_chat import Message, TemplateOptions, Tool
 from jpaged.serving.service import Service
+from jpaged.serving.settings import ServerSettings
 
 # What `apply_chat_template` gives a template itself; special tokens are the model's.
 _TAKEN_NAMES = {
@@ -25,59 +26,54 @@ _TAKEN_NAMES = {
 async def read_messages(
     service: Service,
     messages: Sequence[Message],
-    *,
+    options: TemplateOptions,
     tools: Sequence[Tool] | None,
-    chat_template: str | None,
-    chat_template_kwargs: dict[str, Any] | None,
-    add_generation_prompt: bool | None,
-    continue_final_message: bool | None,
 ) -> str:
     """The text of a conversation, as the model was trained on it.
 
     Args:
         service: For tokenizer and settings.
         messages: The conversation.
-        tools: What the template shows of tools.
-        chat_template: The request's own template.
-        chat_template_kwargs: Further names that the template may use.
-        add_generation_prompt: Whether the assistant's turn is opened; by default it is, unless
-            the last message goes on.
-        continue_final_message: Whether the last message goes on.
+        options: What the request says about its template.
+        tools: Those that the template shows.
 
     Raises:
         ApiError: Something is not allowed here.
         ValueError: The template cannot show these messages.
     """
-    if chat_template is not None and not service.settings.trust_request_chat_template:
+    _check(options, service.settings)
+    plain = [as_plain(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    shown = [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
+    goes_on = bool(options.continue_final_message)
+    opens = options.add_generation_prompt
+    tokenizer = service.reader.tokenizer
+
+    def render() -> str:
+        return tokenizer.apply_chat_template(
+            plain,
+            add_generation_prompt=not goes_on if opens is None else opens,
+            continue_final_message=goes_on,
+            tools=shown,
+            chat_template=options.chat_template or service.settings.chat_template,
+            **(options.chat_template_kwargs or {}),
+        )
+
+    return await off_loop(sum(len(message["content"]) for message in plain), render)
+
+
+def _check(options: TemplateOptions, settings: ServerSettings) -> None:
+    if options.chat_template is not None and not settings.trust_request_chat_template:
         raise bad_request(
             "chat_template is not supported: the server was started without "
             "--trust-request-chat-template",
             "chat_template",
             "unsupported_field",
         )
-    for name in chat_template_kwargs or ():
+    for name in options.chat_template_kwargs or ():
         if name in _TAKEN_NAMES or not name.isidentifier():
             raise bad_request(
                 f"chat_template_kwargs cannot set {name[:40]!r}", "chat_template_kwargs"
             )
-    plain = [as_plain(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    num_chars = sum(len(message["content"]) for message in plain)
-    tokenizer = service.reader.tokenizer
-    go_on = bool(continue_final_message)
-
-    def render() -> str:
-        return tokenizer.apply_chat_template(
-            plain,
-            add_generation_prompt=not go_on
-            if add_generation_prompt is None
-            else (add_generation_prompt),
-            continue_final_message=go_on,
-            tools=[tool.model_dump(exclude_none=True) for tool in tools] if tools else None,
-            chat_template=chat_template or service.settings.chat_template,
-            **(chat_template_kwargs or {}),
-        )
-
-    return await off_loop(num_chars, render)
 
 
 def as_plain(message: Message, where: str) -> dict[str, Any]:

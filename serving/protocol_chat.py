@@ -96,10 +96,12 @@ class NamedToolChoice(Body):
     function: FunctionName
 
 
-class TemplateFields(Body):
+Messages = Annotated[list[Message], Field(min_length=1)]
+
+
+class TemplateOptions(Body):
     """How a conversation becomes a prompt."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
     tools: Annotated[list[Tool], Field(min_length=1, max_length=1024)] | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -107,9 +109,10 @@ class TemplateFields(Body):
     continue_final_message: bool | None = None
 
 
-class ChatCompletionRequest(GenerationBody, TemplateFields):
+class ChatCompletionRequest(GenerationBody, TemplateOptions):
     """Body of POST /v1/chat/completions."""
 
+    messages: Messages
     logprobs: bool | None = None
     top_logprobs: int | None = None
     max_completion_tokens: int | None = None
@@ -117,17 +120,12 @@ class ChatCompletionRequest(GenerationBody, TemplateFields):
     parallel_tool_calls: bool | None = None
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(TemplateOptions):
     """Body of POST /tokenize: either a prompt or messages."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=1024)] | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 

@@ -7,18 +7,10 @@ from jpaged.serving.answers import Detokenization, Tokenization
 from jpaged.serving.chat_messages import read_messages
 from jpaged.serving.errors import bad_request
 from jpaged.serving.prompt_reader import off_loop
-from jpaged.serving.protocol_chat import DetokenizeRequest, TokenizeRequest
+from jpaged.serving.protocol_chat import DetokenizeRequest, TemplateOptions, TokenizeRequest
 from jpaged.serving.request_body import read_body
 from jpaged.serving.responses import json_response
 from jpaged.serving.service import Service
-
-_CHAT_FIELDS = (
-    "tools",
-    "chat_template",
-    "chat_template_kwargs",
-    "add_generation_prompt",
-    "continue_final_message",
-)
 
 
 class Tokenize:
@@ -35,11 +27,13 @@ class Tokenize:
         if (body.prompt is None) == (body.messages is None):
             raise bad_request("either prompt or messages must be given", "prompt")
         if body.messages is None:
-            for name in _CHAT_FIELDS:
+            for name in TemplateOptions.model_fields:
                 if getattr(body, name) is not None:
                     raise bad_request(f"{name} needs messages", name)
-        text = body.prompt if body.prompt is not None else await self._render(body)
         is_text = body.messages is None
+        text = body.prompt or ""
+        if body.messages is not None:
+            text = await read_messages(service, body.messages, body, body.tools)
         special = is_text if body.add_special_tokens is None else body.add_special_tokens
         tokens = await service.reader.encode(
             text, add_special_tokens=special, field="prompt" if is_text else "messages"
@@ -64,14 +58,3 @@ class Tokenize:
             len(body.tokens), lambda: tokenizer.decode(body.tokens, skip_special_tokens=False)
         )
         return json_response(Detokenization(text))
-
-    async def _render(self, body: TokenizeRequest) -> str:
-        return await read_messages(
-            self._service,
-            body.messages or (),
-            tools=body.tools,
-            chat_template=body.chat_template,
-            chat_template_kwargs=body.chat_template_kwargs,
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
-        )

@@ -60,46 +60,51 @@ def plan_tools(body: ChatCompletionRequest, settings: ServerSettings) -> ToolPla
     names = [tool.function.name for tool in body.tools]
     if len(set(names)) < len(names):
         raise bad_request("tools must have different names", "tools")
-    choice = body.tool_choice or "auto"
-    if choice == "none":
+    if body.tool_choice == "none":
         return ToolPlan()  # what is not shown cannot be called
     for name in ("structured_outputs", "response_format"):
         given = getattr(body, name)
         if given is not None and getattr(given, "type", None) != "text":
             raise bad_request(f'{name} needs tool_choice="none" where there are tools', name)
-    if choice == "auto":
-        return _automatic(body, settings)
-    make_id = _make_id(settings)
+    match body.tool_choice:
+        case None | "auto":
+            return _automatic(body, body.tools, settings)
+        case NamedToolChoice() as choice:
+            return _named(choice.function.name, body.tools, settings)
+        case _:
+            return _required(body, body.tools, settings)
+
+
+def _required(
+    body: ChatCompletionRequest, tools: Sequence[Tool], settings: ServerSettings
+) -> ToolPlan:
     only_one = body.parallel_tool_calls is False
-    if isinstance(choice, NamedToolChoice):
-        function = next(
-            (t.function for t in body.tools if t.function.name == choice.function.name), None
-        )
-        if function is None:
-            raise bad_request(
-                f"tool_choice must name one of tools, got {choice.function.name[:64]!r}",
-                "tool_choice",
-            )
-        return ToolPlan(
-            tools=body.tools,
-            structure={
-                "json": _parameters(function.parameters),
-                "disable_any_whitespace": True,
-            },
-            stream=lambda: NamedCallStream(function.name),
-            calls_end_answer=False,
-            call_id=make_id,
-        )
     return ToolPlan(
-        tools=body.tools,
-        structure={"json": _call_list(body.tools, only_one), "disable_any_whitespace": True},
+        tools=tools,
+        structure={"json": _call_list(tools, only_one), "disable_any_whitespace": True},
         stream=CallListStream,
         only_one=only_one,
-        call_id=make_id,
+        call_id=_make_id(settings),
     )
 
 
-def _automatic(body: ChatCompletionRequest, settings: ServerSettings) -> ToolPlan:
+def _named(name: str, tools: Sequence[Tool], settings: ServerSettings) -> ToolPlan:
+    tool = next((tool for tool in tools if tool.function.name == name), None)
+    if tool is None:
+        raise bad_request(f"tool_choice must name one of tools, got {name[:64]!r}", "tool_choice")
+    schema = _parameters(tool.function.parameters)
+    return ToolPlan(
+        tools=tools,
+        structure={"json": schema, "disable_any_whitespace": True},
+        stream=lambda: NamedCallStream(name),
+        calls_end_answer=False,
+        call_id=_make_id(settings),
+    )
+
+
+def _automatic(
+    body: ChatCompletionRequest, tools: Sequence[Tool], settings: ServerSettings
+) -> ToolPlan:
     name = settings.tool_call_parser
     if not settings.enable_auto_tool_choice or name is None:
         raise bad_request(
@@ -107,10 +112,10 @@ def _automatic(body: ChatCompletionRequest, settings: ServerSettings) -> ToolPla
             '--tool-call-parser; "required", "none" and a named function work without',
             "tool_choice",
         )
-    if any(tool.function.strict for tool in body.tools or ()):
+    if any(tool.function.strict for tool in tools):
         raise bad_request('strict=true needs tool_choice="required" or a named function', "tools")
     return ToolPlan(
-        tools=body.tools,
+        tools=tools,
         stream=get_tool_parser(name).stream,
         only_one=body.parallel_tool_calls is False,
         keep_special_tokens=needs_special_tokens(name),
