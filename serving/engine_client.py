@@ -22,6 +22,7 @@ from jpaged.serving import messages
 from jpaged.serving.admission import AdmissionQueue
 from jpaged.serving.engine import EngineInfo
 from jpaged.serving.engine_link import ENGINE_COMMAND, EngineLink
+from jpaged.serving.logs import LogFormat
 from jpaged.serving.mirror import Mirror
 from jpaged.serving.stream import Stream
 from jpaged.tokenizer import Tokenizer, load_tokenizer
@@ -74,6 +75,8 @@ class EngineProcessClient:
         options: Mapping[str, Any],
         *,
         command: Sequence[str] = ENGINE_COMMAND,
+        log_level: str = "warning",
+        log_format: LogFormat = "text",
         **limits: int | None,
     ) -> Self:
         """Starts an engine and waits until requests may come.
@@ -81,6 +84,8 @@ class EngineProcessClient:
         Args:
             options: Of `EngineConfig`.
             command: The program that is the engine.
+            log_level: Of the engine's process, which logs to the same standard error.
+            log_format: See `logging_to_stderr`.
             **limits: Of the class.
 
         Raises:
@@ -90,12 +95,13 @@ class EngineProcessClient:
         self = cls(**limits)
         self._link = EngineLink(self._on_message, self._on_exit, command)
         try:
-            self._link.send(messages.Start(dict(options)))
+            self._link.send(messages.Start(dict(options), log_level, log_format))
             ready = await self._ready
             tokenizer = None
             if ready.tokenizer_source is not None:
                 tokenizer = await asyncio.to_thread(load_tokenizer, ready.tokenizer_source)
         except BaseException:
+            self._ready.cancel()
             self._link.kill()
             raise
         info = self._info = ready.info
@@ -208,6 +214,11 @@ class EngineProcessClient:
                 self._abort(stream)
         await self._open_link.close()
         self._threads.shutdown(wait=False)
+
+    def kill(self) -> None:
+        """Ends the engine at once; open iterators end with `EngineDeadError`."""
+        self._is_closing = True
+        self._open_link.kill()
 
     @property
     def _open_link(self) -> EngineLink:
@@ -402,7 +413,8 @@ class EngineProcessClient:
             how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
             text = self._error or f"the engine's process was ended {how}"
         self._error = text
-        self._dead.set()
+        if not self._is_closing:
+            self._dead.set()
         if not self._ready.done():
             self._ready.set_exception(EngineDeadError(text))
         for stream in self._streams.values():

@@ -85,10 +85,9 @@ class EngineLink:
 
     def kill(self) -> None:
         """Ends the process and the sockets at once."""
-        if self._process.returncode is None:
+        if self._is_open:
             self._process.kill()
-            self._process.wait()
-        self._release()
+            self._finish(self._process.wait())
 
     def _start(self, command: Sequence[str]) -> "subprocess.Popen[bytes]":
         assert self._directory is not None
@@ -118,17 +117,12 @@ class EngineLink:
         self._loop.call_soon(self._read)
 
     def _read_exit(self) -> None:
-        self._loop.remove_reader(self._pidfd)
         code = self._process.wait()
-        while self._is_open and self._receiver.poll(0):
+        while self._receiver.poll(0):
             self._read()
-        self._release()
-        self._ended.set()
-        self._on_exit(code)
+        self._finish(code)
 
-    def _release(self) -> None:
-        if not self._is_open:
-            return
+    def _finish(self, code: int) -> None:
         self._is_open = False
         self._loop.remove_reader(self._readable)
         self._loop.remove_reader(self._pidfd)
@@ -138,6 +132,8 @@ class EngineLink:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._remove_directory()
+        self._ended.set()
+        self._on_exit(code)
 
     def _remove_directory(self) -> None:
         if self._directory is not None:

@@ -26,6 +26,7 @@ from jpaged.request import Request
 from jpaged.serving import messages
 from jpaged.serving.engine import EngineInfo
 from jpaged.serving.engine_channel import Channel
+from jpaged.serving.logs import logging_to_stderr
 from jpaged.token_outputs import TokenOutputs
 
 if TYPE_CHECKING:
@@ -256,15 +257,16 @@ def main() -> int:
     (start,) = channel.receive(wait=True)
     assert isinstance(start, messages.Start), f"the first message is {start}"
     channel.send(messages.Connected())
-    try:
-        return _run(channel, start)
-    except BaseException as error:
-        logger.exception("the engine has ended with an error")
-        text = f"the engine has ended with an error: {error}"
-        channel.send(messages.Failed(text, is_users_fault=False))
-        return 1
-    finally:
-        channel.close()
+    with logging_to_stderr(start.log_level, start.log_format):
+        try:
+            return _run(channel, start)
+        except BaseException as error:
+            logger.exception("the engine has ended with an error")
+            text = f"the engine has ended with an error: {error}"
+            channel.send(messages.Failed(text, is_users_fault=False))
+            return 1
+        finally:
+            channel.close()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ A request is known by its `handle`, a number that the client never uses twice. A
 travel in one `StepTokens`. Nothing here is pickled: what does not fit a type is not decoded.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -25,9 +26,11 @@ class _Message(msgspec.Struct, tag=True, array_like=True, gc=False):
 
 
 class Start(_Message):
-    """The first message: options of `EngineConfig.from_options`."""
+    """The first message: options of `EngineConfig.from_options`, and how to log."""
 
     options: dict[str, Any]
+    log_level: str
+    log_format: Literal["text", "json"]
 
 
 class Add(_Message):

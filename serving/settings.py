@@ -3,8 +3,10 @@
 import dataclasses
 import ipaddress
 import pathlib
+from typing import Literal
 
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
+LOG_FORMATS = ("text", "json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +51,7 @@ class ServerSettings:
         max_num_queued_reqs: Most requests that wait for the engine; None: no limit.
         max_num_queued_tokens: Most prompt tokens that wait; None: no limit.
         shutdown_timeout_s: How long open requests may go on once the server is told to stop.
+        log_format: "text", or "json" for one object a line.
     """
 
     host: str | None = None
@@ -87,6 +90,7 @@ class ServerSettings:
     max_num_queued_reqs: int | None = None
     max_num_queued_tokens: int | None = None
     shutdown_timeout_s: float = 0.0
+    log_format: Literal["text", "json"] = "text"
 
     def __post_init__(self) -> None:
         """Refuses what no server could do.
@@ -148,6 +152,10 @@ class ServerSettings:
         if self.log_level not in LOG_LEVELS:
             raise ValueError(
                 f"log_level must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}"
+            )
+        if self.log_format not in LOG_FORMATS:
+            raise ValueError(
+                f"log_format must be one of {', '.join(LOG_FORMATS)}, got {self.log_format!r}"
             )
         if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
             raise ValueError("api_keys must be printable ASCII texts, got one that is not")

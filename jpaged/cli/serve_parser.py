@@ -128,6 +128,7 @@ def _add_limits(command: argparse.ArgumentParser) -> None:
 def _add_logs(command: argparse.ArgumentParser) -> None:
     add = _group(command, "logs")
     add("--log-level", "critical, error, warning, info, debug or trace", "info", metavar="LEVEL")
+    add("--log-format", "text, or json for one object a line", "text", metavar="FORMAT")
     add("--disable-access-log", "no line for each HTTP request", switch=True)
     add(
         "--disable-log-requests",
