@@ -114,6 +114,8 @@ class Engine:
                 self.tokenizer, loaded.config.vocab_size, self.eos_token_ids
             )
         self._start_scheduler(scheduler_config)
+        self.num_step_tokens = 0
+        """Tokens of the last step; 0 if there was nothing to run."""
         self._in_flight: deque[StepHandle] = deque()
         self._rng = np.random.default_rng(config.seed)
         self._num_prompt_tokens = 0
@@ -267,6 +269,7 @@ class Engine:
             self.runner.swap(scheduled)
         if scheduled.preempted:
             self._settle_beams({seq.request for seq in scheduled.preempted})
+        self.num_step_tokens = scheduled.num_batched_tokens
         if not scheduled.is_empty:
             self._in_flight.append(self._dispatch(scheduled))
         self._host_time_s += time.perf_counter() - start

@@ -92,6 +92,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         add("/ping", system.health, method, errors=(503,))
     add("/version", system.version, "GET", answer=answers.Version)
     add("/load", system.load, "GET", answer=answers.Load)
+    add("/metrics", system.metrics, "GET", media_type="text/plain")
     add("/pool", system.pool, "GET", media_type="application/json")
 
 

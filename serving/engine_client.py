@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self, TypeVar
 
-from jpaged.errors import EngineDeadError
+from jpaged.errors import EngineDeadError, QueueFullError
 from jpaged.outputs import RequestOutput
 from jpaged.prompts import Prompt
 from jpaged.request import Request
@@ -55,6 +55,7 @@ class EngineProcessClient:
         self._running: dict[int, Stream] = {}
         self._num_running_seqs = 0
         self._num_being_read = 0
+        self._num_rejected = 0
         self._handles = itertools.count()
         self._calls: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._call_ids = itertools.count()
@@ -190,13 +191,15 @@ class EngineProcessClient:
         """The engine's counters by the names of `EngineStats`, and what waits in this process.
 
         `num_waiting` of the scheduler counts this process's queue too; `num_queued_reqs` and
-        `num_queued_tokens` are the queue alone.
+        `num_queued_tokens` are the queue alone, `num_rejected_reqs` what was too much for it.
+        `step_tokens` is a histogram over `messages.STEP_TOKEN_BOUNDS`.
         """
         stats = await self._ask("stats")
         stats["scheduler"]["num_waiting"] += self._queue.num_waiting
         return stats | {
             "num_queued_reqs": self._queue.num_waiting,
             "num_queued_tokens": self._queue.num_tokens,
+            "num_rejected_reqs": self._num_rejected,
         }
 
     async def pool_view(self) -> dict[str, Any]:
@@ -260,8 +263,13 @@ class EngineProcessClient:
         return self._num_running_seqs < most + most // 4 + 1
 
     def _check_room(self, num_tokens: int) -> None:
-        if self._queue.num_waiting or self._num_being_read or not self._has_room:
+        if not (self._queue.num_waiting or self._num_being_read) and self._has_room:
+            return
+        try:
             self._queue.check_room(num_tokens, self._num_being_read)
+        except QueueFullError:
+            self._num_rejected += 1
+            raise
 
     def _put(
         self, stream: Stream, request: Request, params: SamplingParams, key: str | None

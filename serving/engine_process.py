@@ -8,6 +8,7 @@ Ends by itself as soon as its standard input is closed, that is, when the proces
 has ended, however that came about.
 """
 
+import bisect
 import collections
 import dataclasses
 import logging
@@ -60,6 +61,10 @@ class EngineServer:
         self._compiling: dict[int, messages.Add | None] = {}
         self._compiled: collections.deque[tuple[int, Future[Request]]] = collections.deque()
         self._threads = ThreadPoolExecutor(_NUM_COMPILING, thread_name_prefix="jpaged-grammar")
+
+        # A histogram of the tokens of steps.
+        self._step_counts = [0] * (len(messages.STEP_TOKEN_BOUNDS) + 1)
+        self._num_step_tokens = 0
 
     def serve(self) -> None:
         """Runs until it is told to stop."""
@@ -135,13 +140,15 @@ class EngineServer:
 
     def _answer(self, what: str) -> dict:
         if what == "stats":
-            return dataclasses.asdict(self._engine.stats())
+            steps = {"counts": self._step_counts, "sum": self._num_step_tokens}
+            return dataclasses.asdict(self._engine.stats()) | {"step_tokens": steps}
         return dataclasses.asdict(view_pool(self._engine.block_manager))
 
     def _step(self) -> messages.StepTokens | None:
         """Runs a step; what it brought, if anything."""
         found = messages.StepTokens([], [], [], {}, {}, [], {}, {})
         touched = self._engine.advance()
+        self._note_step(self._engine.num_step_tokens)
         for request in touched:
             opened = self._by_request.get(request)
             if opened is not None:
@@ -149,6 +156,11 @@ class EngineServer:
                 if request.is_finished:
                     self._forget(opened)
         return found if found.handles or found.hypotheses else None
+
+    def _note_step(self, num_tokens: int) -> None:
+        if num_tokens:
+            self._step_counts[bisect.bisect_left(messages.STEP_TOKEN_BOUNDS, num_tokens)] += 1
+            self._num_step_tokens += num_tokens
 
     def _report(self, opened: _Open, found: messages.StepTokens) -> None:
         request, handle = opened.request, opened.handle

@@ -138,8 +138,7 @@ class Generation:
             await _end(tasks)
 
     def _observe(self, output: RequestOutput, job: Job) -> None:
-        if self._service.metrics is not None:
-            self._service.metrics.observe(output, job.params)
+        self._service.metrics.observe(output, job.params)
         if output.finished and any(part.finish_reason == "abort" for part in output.outputs):
             raise ApiError(
                 503, "the server ended this request", type="server_error", code="aborted"

@@ -17,6 +17,9 @@ from jpaged.sampling_params import SamplingParams
 from jpaged.sequence_end import Finish
 from jpaged.serving.engine import EngineInfo
 
+STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Upper bounds of the histogram of tokens in a step, in the engine's statistics."""
+
 
 class _Message(msgspec.Struct, tag=True, array_like=True, gc=False):
     """A message: an array whose first entry is the name of the class."""

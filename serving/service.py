@@ -13,6 +13,7 @@ from starlette.types import Scope
 import jpaged
 from jpaged.serving.engine import EngineClient
 from jpaged.serving.errors import ApiError, bad_request
+from jpaged.serving.metrics import Metrics
 from jpaged.serving.prompt_reader import PromptReader
 from jpaged.serving.settings import ServerSettings
 
@@ -49,7 +50,7 @@ class Service:
         self.fingerprint = f"jpaged-{jpaged.__version__}-{digest[:8]}"
         self.started = int(time.time())
         self.num_open = 0
-        self.metrics: Any = None
+        self.metrics = Metrics(engine, self.model_names[0])
         self._counter = itertools.count()
 
     def model_name(self, asked: str | None) -> str:

@@ -45,6 +45,7 @@ class System:
 
     async def metrics(self, request: Request) -> Response:
         """Metrics in the text format of Prometheus."""
+        await self._service.metrics.refresh()
         body, content_type = self._service.metrics.render()
         return Response(body, headers={"Content-Type": content_type})
 
