@@ -75,7 +75,7 @@ def make_cases(count: int, rng: random.Random) -> list[tuple[str, dict[str, Any]
 
 def offline(model: str | None, cases: list[tuple[str, dict[str, Any]]]) -> list[Parts]:
     """What an engine of this process answers."""
-    with LLM(model, max_num_seqs=32, max_model_len=1024) as llm:
+    with LLM(model, max_num_seqs=16, max_model_len=1024, compilation="lazy") as llm:
         outputs = llm.generate(
             [prompt for prompt, _ in cases], [SamplingParams(**params) for _, params in cases]
         )
@@ -97,7 +97,8 @@ class Process:
 
     @classmethod
     def start(cls, model: str | None) -> "Process":
-        options = ["--policy", "priority", "--max-num-seqs", "32", "--max-model-len", "1024"]
+        options = ["--policy", "priority", "--max-num-seqs", "16", "--max-model-len", "1024"]
+        options += ["--compilation", "lazy"]
         options += ["--port", "0", "--host", "127.0.0.1", "--log-level", "warning"]
         options += ["--shutdown-timeout", "30", "--disable-access-log"]
         command = [sys.executable, "-m", "jpaged", "serve", *([model] if model else []), *options]
@@ -277,7 +278,7 @@ async def run(server: Process, soak: Soak, args: argparse.Namespace) -> dict[str
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="A long run of jpaged serve under bad clients")
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--cases", type=int, default=150, help="different requests")

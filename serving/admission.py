@@ -149,20 +149,24 @@ class AdmissionQueue(Generic[Item]):
             self._clocks.clear()
             self._now = 0
             self._forget_at = _MIN_CLOCKS
-        elif len(self._clocks) > self._forget_at:
-            self._forget_clocks()
+        elif max(len(self._clocks), len(self._turns)) > self._forget_at:
+            self._forget()
 
-    def _forget_clocks(self) -> None:
-        """Drops the clocks that say nothing: of keys that do not wait, and are not ahead."""
+    def _forget(self) -> None:
+        """Drops the turns of those that were cancelled, and clocks that say nothing.
+
+        These are of keys that do not wait, and are not ahead.
+        """
         self._clocks = {
             key: clock
             for key, clock in self._clocks.items()
             if key in self._lines or clock > self._now
         }
-        self._turns = [
-            turn
-            for turn in self._turns
-            if turn[2] in self._lines and turn[0] == self._clocks[turn[2]]
-        ]
+        turns = {
+            key: (clock, arrival, key)
+            for clock, arrival, key in self._turns
+            if key in self._lines and clock == self._clocks[key]
+        }
+        self._turns = list(turns.values())
         heapq.heapify(self._turns)
         self._forget_at = max(2 * len(self._clocks), _MIN_CLOCKS)
