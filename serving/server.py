@@ -12,7 +12,7 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import uvicorn
@@ -20,6 +20,7 @@ import uvloop
 
 from jpaged.serving.app import create_app
 from jpaged.serving.engine_client import EngineProcessClient
+from jpaged.serving.engine_link import ENGINE_COMMAND
 from jpaged.serving.logs import READY, logging_to_stderr
 from jpaged.serving.settings import ServerSettings
 
@@ -32,7 +33,12 @@ _WRITE_GRACE_S = 5
 """How long the ends of aborted answers may take to be read."""
 
 
-def run_server(engine_options: Mapping[str, Any], settings: ServerSettings) -> int:
+def run_server(
+    engine_options: Mapping[str, Any],
+    settings: ServerSettings,
+    *,
+    engine_command: Sequence[str] = ENGINE_COMMAND,
+) -> int:
     """Serves until told to stop and returns the exit code.
 
     SIGTERM and SIGINT stop it: no new requests, open ones go on for
@@ -41,6 +47,7 @@ def run_server(engine_options: Mapping[str, Any], settings: ServerSettings) -> i
     Args:
         engine_options: Of `EngineConfig`.
         settings: Of the server.
+        engine_command: The program that is the engine.
 
     Raises:
         ValueError: An option is wrong, or the model cannot be loaded; one line.
@@ -50,14 +57,15 @@ def run_server(engine_options: Mapping[str, Any], settings: ServerSettings) -> i
         logging_to_stderr(settings.log_level, settings.log_format),
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        return runner.run(_Serving(settings).run(engine_options))
+        return runner.run(_Serving(settings, engine_command).run(engine_options))
 
 
 class _Serving:
     """One run of the server."""
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, engine_command: Sequence[str]) -> None:
         self._settings = settings
+        self._engine_command = engine_command
         self._stopping = asyncio.Event()
         self._server: _Server | None = None
 
@@ -79,6 +87,7 @@ class _Serving:
         starting = asyncio.create_task(
             EngineProcessClient.start(
                 options,
+                command=self._engine_command,
                 max_num_queued_reqs=settings.max_num_queued_reqs,
                 max_num_queued_tokens=settings.max_num_queued_tokens,
                 log_level=settings.log_level,
