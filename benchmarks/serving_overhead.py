@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import re
 import statistics
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from benchmarks import common
@@ -79,9 +81,12 @@ async def stream(port: int, max_tokens: int) -> Stream:
     return protocol
 
 
-async def throughput(port: int, connections: int, max_tokens: int) -> dict[str, float]:
-    """Tokens and events a second while all connections stream."""
-    start_s = time.perf_counter()
+async def throughput(port: int, pid: int, connections: int, max_tokens: int) -> dict[str, float]:
+    """Tokens and events a second while all connections stream, and what they cost the server.
+
+    The cost does not depend on what else the machine does; the rates do.
+    """
+    cpu_s = _cpu_s(pid)
     found = await asyncio.gather(*(stream(port, max_tokens) for _ in range(connections)))
     seconds = max(s.last_s for s in found) - min(s.first_s for s in found)
     # The first event of each stands at the beginning of the time, the usage is no token.
@@ -91,8 +96,15 @@ async def throughput(port: int, connections: int, max_tokens: int) -> dict[str, 
         "tokens_per_s": tokens / seconds,
         "events_per_s": events / seconds,
         "tokens_per_event": tokens / events,
-        "start_s": min(s.first_s for s in found) - start_s,
+        "cpu_us_per_event": 1e6 * (_cpu_s(pid) - cpu_s) / events,
+        "cpu_share": (_cpu_s(pid) - cpu_s) / seconds,
     }
+
+
+def _cpu_s(pid: int) -> float:
+    """Processor time that a process has used, its threads together."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def latency(port: int, rate: float, seconds: float) -> dict[str, float]:
@@ -115,8 +127,8 @@ async def latency(port: int, rate: float, seconds: float) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def server(step_s: float, *, is_quiet: bool = True) -> Iterator[int]:
-    """A server over the stub engine; its port."""
+def server(step_s: float) -> Iterator[tuple[int, int]]:
+    """A server over the stub engine; its port and process id."""
     command = [sys.executable, "-m", "benchmarks.serving_overhead", "--serve", str(step_s)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -127,7 +139,7 @@ def server(step_s: float, *, is_quiet: bool = True) -> Iterator[int]:
         if found is None:
             sys.exit("the server did not start")
         try:
-            yield int(found[1])
+            yield int(found[1]), process.pid
         finally:
             process.terminate()
 
@@ -157,12 +169,12 @@ def main() -> int:
         return serve(args.serve)
     rows: list[dict[str, Any]] = []
     for rate in map(int, args.rates.split(",")):
-        with server(args.connections / rate) as port:
-            asyncio.run(throughput(port, args.connections, 8))
+        with server(args.connections / rate) as (port, pid):
+            asyncio.run(throughput(port, pid, args.connections, 8))
             num_tokens = int(rate / args.connections * args.seconds)
-            found = asyncio.run(throughput(port, args.connections, num_tokens))
+            found = asyncio.run(throughput(port, pid, args.connections, num_tokens))
             rows.append({"offered": rate, **found})
-    with server(0.0) as port:
+    with server(0.0) as (port, _):
         asyncio.run(latency(port, 50.0, 1.0))
         times = asyncio.run(latency(port, args.request_rate, 2 * args.seconds))
     common.print_table(list(rows[0]), [list(row.values()) for row in rows])
