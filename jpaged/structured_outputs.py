@@ -273,6 +273,8 @@ def _grammar_text(params: StructuredOutputsParams) -> str:
         options["whitespace_pattern"] = params.whitespace_pattern
     schema = '{"type": "object"}' if params.json_object else params.json
     assert isinstance(schema, str), "a schema is kept as text"
+    if schema in ("true", "false"):  # which the package takes within another only
+        schema = f'{{"allOf": [{schema}]}}'
     return LLMatcher.grammar_from_json_schema(schema, overrides=options)
 
 

@@ -9,7 +9,7 @@ import re
 import shutil
 
 import jpaged
-from jpaged.cli import serve_parser
+from jpaged.cli import structured
 
 SAMPLING_PREFIX = "sampling_"
 ENGINE_PREFIX = "engine_"
@@ -24,11 +24,14 @@ examples:
   jpaged generate --raw "Once upon a time" --temperature 0.8 --top-p 0.95
   jpaged generate -m ./my-checkpoint --system "Answer in French." "Who are you?"
   jpaged generate --prompts-file in.jsonl -o out.jsonl --temperature 0
+  jpaged generate "Name a colour." --choice red --choice blue
 
 a prompts file:
   *.jsonl   one object a line with "prompt", "messages" or "prompt_token_ids",
             and any sampling parameters of its own, by their Python names:
-            {"prompt": "Hi", "max_tokens": 8}. "id" is copied to the result;
+            {"prompt": "Hi", "max_tokens": 8}, or "structured_outputs":
+            {"json": {...}} (or regex, choice, grammar). "id" is copied to the
+            result;
             "priority" counts under --policy priority; only requests of the
             same "cache_salt" share their prefix cache.
   else      one prompt a line; blank lines are skipped
@@ -122,6 +125,7 @@ def _add_generate(commands) -> None:
         help="show on standard error how blocks fill, are shared and copied; text comes at the end",
     )
     _add_sampling(command, max_tokens=GENERATE_MAX_TOKENS, temperature=1.0, with_n=True)
+    structured.add_flags(command, f"{SAMPLING_PREFIX}structured_outputs")
     _add_engine(command)
 
 

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jpaged.sampler import (
     SamplerState,
@@ -359,6 +361,94 @@ def test_min_tokens_holds_off_end_and_stop_tokens(num_pending):
 def test_a_ban_of_everything_is_not_applied():
     logits = np.where(np.arange(VOCAB_SIZE) == EOS, 0.0, -np.inf)
     assert generate(logits, 1, min_tokens=1) == [EOS]
+
+
+# Masks of structured output
+
+ANYTHING = {"choice": ["a"]}  # what the form is does not matter here: the mask is given
+EVERY_FEATURE: list[dict[str, Any]] = [
+    GREEDY,
+    {"temperature": 1.3, "seed": 4},
+    {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "min_p": 0.01, "seed": 5},
+    {"temperature": 1.0, "seed": 6, "presence_penalty": 1.0, "repetition_penalty": 1.3},
+    {"temperature": 1.0, "seed": 7, "logit_bias": {3: 2.0}, "min_tokens": 3},
+]
+
+
+def masked_batch(allowed, *rows, num_pending=1):
+    """A batch where these rows of `bool[N, V]` are the masks of the first rows."""
+    batch = Batch(*rows, num_pending=num_pending)
+    bits = np.zeros((NUM_ROWS, -(-VOCAB_SIZE // 32) * 32), bool)
+    bits[: len(allowed), :VOCAB_SIZE] = allowed
+    words = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+    batch.state = dataclasses.replace(batch.state, allowed=jnp.asarray(words))
+    return batch
+
+
+@given(st.integers(0, 2**32 - 1), st.sets(st.integers(0, VOCAB_SIZE - 1), min_size=1))
+def test_greedy_takes_the_most_likely_token_that_is_allowed(seed, tokens):
+    logits = random_logits(seed)
+    allowed = np.isin(np.arange(VOCAB_SIZE), list(tokens))
+    batch = masked_batch([allowed], Row(structured_outputs=ANYTHING, **GREEDY))
+    assert batch.generate(logits, 2) == [[np.where(allowed, logits, -np.inf).argmax()] * 2]
+
+
+@pytest.mark.parametrize("fields", [{}, {"top_k": 3}, {"logit_bias": {30: 5.0}}])
+def test_draws_are_those_of_the_allowed_tokens(fields):
+    logits = random_logits(11)
+    allowed = np.arange(VOCAB_SIZE) % 4 == 2
+    row = Row(structured_outputs=ANYTHING, seed=1, **fields)
+    (tokens,) = masked_batch([allowed], row).generate(logits, 400)
+    wanted = np.where(allowed, logits, -np.inf)
+    if "logit_bias" in fields:
+        wanted[30] += 5.0
+    if "top_k" in fields:
+        wanted[wanted < np.sort(wanted)[-3]] = -np.inf
+    check_distribution(np.bincount(tokens, minlength=VOCAB_SIZE), softmax(wanted))
+
+
+@pytest.mark.parametrize("fields", EVERY_FEATURE)
+def test_a_mask_of_everything_changes_no_bit(fields):
+    logits = np.stack([random_logits(seed) for seed in range(8)])
+    free = Batch(Row(logprobs=3, **fields))
+    masked = masked_batch(
+        np.ones((1, VOCAB_SIZE), bool), Row(logprobs=3, structured_outputs=ANYTHING, **fields)
+    )
+    for _ in range(20):
+        outputs = free.step(logits, max_logprobs=3), masked.step(logits, max_logprobs=3)
+        for a, b in zip(*map(jax.tree.leaves, outputs), strict=True):
+            np.testing.assert_array_equal(a[:1], b[:1])
+    assert free.rows[0].tokens == masked.rows[0].tokens
+
+
+def test_a_mask_touches_no_neighbour():
+    logits = random_logits(12)
+    rows = [Row(**fields) for fields in EVERY_FEATURE]
+    alone = Batch(*rows).generate(logits, 20)
+    rows = [Row(**fields) for fields in EVERY_FEATURE]
+    allowed = np.zeros((6, VOCAB_SIZE), bool)
+    allowed[5, 8] = True  # those of the others are empty
+    mixed = masked_batch(allowed, *rows, Row(structured_outputs=ANYTHING)).generate(logits, 20)
+    assert mixed == [*alone, [8] * 20]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"allowed_token_ids": [3]},
+        {"bad_words": ["one"], "encode": {"one": [7], " one": [7]}.__getitem__},
+        {"min_tokens": 9, "stop_token_ids": [7]},
+    ],
+)
+def test_what_leaves_no_allowed_token_gives_way(fields):
+    allowed = np.arange(VOCAB_SIZE) == 7
+    batch = masked_batch([allowed], Row(structured_outputs=ANYTHING, **fields))
+    assert batch.generate(random_logits(13), 3) == [[7, 7, 7]]
+
+
+def test_structured_rows_are_not_plain():
+    params = SamplingParams(structured_outputs=ANYTHING, **GREEDY)
+    assert not RequestSampling(params, vocab_size=VOCAB_SIZE).is_plain
 
 
 # Seeds and neighbours

@@ -32,11 +32,12 @@ def add(
     max_tokens: int | None = 8,
     n: int = 1,
     priority: int = 0,
+    awaits_tokens: bool = False,
 ) -> Request:
     """Adds a request whose prompt shares nothing with those of other names."""
     prompt = [1000 * ord(name) + i for i in range(num_prompt_tokens)]
     params = SamplingParams(n=n, max_tokens=max_tokens)
-    request = Request(name, prompt, params, priority=priority)
+    request = Request(name, prompt, params, priority=priority, awaits_tokens=awaits_tokens)
     scheduler.add_request(request)
     scheduler.check_invariants()
     return request
@@ -139,6 +140,30 @@ def test_decode_of_an_unread_token_takes_it_on_the_device():
     receive(scheduler, third)
     assert (seq.num_output_tokens, seq.finish_reason) == (3, "length")
     assert not scheduler.has_unfinished()
+
+
+def test_sequence_that_awaits_its_token_leaves_out_the_steps_before_it_comes():
+    scheduler = make_scheduler()
+    add(scheduler, "a", 3, awaits_tokens=True)
+    add(scheduler, "b", 2)
+    first = schedule(scheduler)
+    assert names(first.seqs) == ["a", "b"]
+    second = schedule(scheduler)
+    assert names(second.seqs) == ["b"]
+    receive(scheduler, first)
+    third = schedule(scheduler)
+    assert (names(third.seqs), third.uses_pending) == (["a", "b"], [False, True])
+    for output in (second, third):
+        receive(scheduler, output)
+
+
+def test_nothing_is_scheduled_while_all_await_their_tokens():
+    scheduler = make_scheduler()
+    add(scheduler, "a", 3, n=2, awaits_tokens=True)
+    first = schedule(scheduler)
+    assert schedule(scheduler).is_empty
+    receive(scheduler, first)
+    assert names(schedule(scheduler).seqs) == ["a", "a"]
 
 
 def test_decode_of_a_read_token_comes_from_the_host():

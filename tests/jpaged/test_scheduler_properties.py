@@ -174,6 +174,7 @@ class SimulatedDevice:
             table, end = self.tables[row], start + num_tokens
             assert table == seq.block_ids
             if uses_pending:
+                assert not seq.request.awaits_tokens
                 assert (num_tokens, len(seq.token_ids) <= start) == (1, True)
                 inputs = [self.last_tokens[row]]
             else:
@@ -270,6 +271,7 @@ class Run:
         salt: str | None = None,
         skip_cache: bool = False,
         beams: bool = False,
+        awaits_tokens: bool = False,
     ) -> None:
         prompt = [i % 2 for i in range(num_prompt_tokens)]
         params = SamplingParams(n=n, max_tokens=max_tokens)
@@ -284,6 +286,7 @@ class Run:
             skip_prefix_cache=skip_cache,
             eos_token_ids=(EOS,),
             is_beam_search=beams,
+            awaits_tokens=awaits_tokens and not beams,
         )
         self.num_added += 1
         try:
@@ -309,7 +312,7 @@ class Run:
             seq
             for request in scheduler._running
             for seq in request.unfinished
-            if seq.length < seq.max_length
+            if seq.length < seq.max_length and not (request.awaits_tokens and seq.num_pending)
         }
         output = scheduler.schedule()
         for request in {seq.request for seq in output.preempted if seq.request.is_beam_search}:
@@ -368,7 +371,9 @@ class Run:
         """Steps as the engine does, one result late, until everything has ended."""
         # The first request runs alone at worst, a token a step after its prompt.
         bound = 20 + sum(
-            6 * MAX_MODEL_LEN if request.is_beam_search else 3 * seq.max_length
+            6 * MAX_MODEL_LEN
+            if request.is_beam_search or request.awaits_tokens
+            else 3 * seq.max_length
             for request in self.requests
             for seq in request.unfinished
         )
@@ -437,10 +442,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(0, 2),
         salt=st.sampled_from([None, None, None, "a"]),
         skip_cache=st.sampled_from([False, False, True]),
-        beams=st.booleans(),
+        kind=st.sampled_from(["plain", "beams", "awaits"]),
     )
-    def add(self, num_prompt_tokens, max_tokens, n, priority, salt, skip_cache, beams) -> None:
-        self.run.add(num_prompt_tokens, max_tokens, n, priority, salt, skip_cache, beams and n > 1)
+    def add(self, num_prompt_tokens, max_tokens, n, priority, salt, skip_cache, kind) -> None:
+        beams = kind == "beams" and n > 1
+        request = (num_prompt_tokens, max_tokens, n, priority, salt, skip_cache, beams)
+        self.run.add(*request, awaits_tokens=kind == "awaits")
 
     @precondition(lambda self: len(self.run.unread) < 3)
     @rule()
@@ -526,6 +533,7 @@ def test_long_random_run_reads_only_its_own_tokens(
                 None,
                 rng.random() < 0.2,
                 beams=n > 1 and rng.random() < 0.5,
+                awaits_tokens=rng.random() < 0.3,
             )
         if rng.random() < 0.05:
             run.scheduler.abort_request(rng.choice(run.requests).request_id)
