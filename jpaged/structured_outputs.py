@@ -8,7 +8,6 @@ of each mask; whatever goes wrong is one line that names the cause.
 import collections
 import concurrent.futures
 import importlib.util
-import json
 import threading
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jpaged.structured_outputs_params import StructuredOutputsParams
+from jpaged.structured_outputs_params import StructuredOutputsParams, lark_string
 
 if TYPE_CHECKING:
     from jpaged.tokenizer import Tokenizer
@@ -44,14 +43,10 @@ def mask_width(vocab_size: int) -> int:
 
 
 class Grammar:
-    """A compiled specification; many sequences may follow it.
-
-    Attributes:
-        first_mask: `int32[W]`, the tokens that may come first; one bit each.
-    """
+    """A compiled specification; many sequences may follow it."""
 
     def __init__(self, tokenizer: Any, text: str, width: int) -> None:
-        """Compiles llguidance's form of a grammar.
+        """Compiles llguidance's form of a grammar, for masks of that many words.
 
         Raises:
             ValueError: It is not valid, or beyond the limits.
@@ -59,8 +54,8 @@ class Grammar:
         self._tokenizer = tokenizer
         self._text = text
         self._prototype = self._compile()
-        self.first_mask = np.zeros(width, np.int32)
-        _compute_mask(self._prototype, self.first_mask)
+        # What the first mask costs is paid here, and a limit that it meets is told now.
+        _compute_mask(self._prototype, np.zeros(width, np.int32))
         if self._prototype.is_error():
             raise ValueError(_one_line(self._prototype.get_error()))
 
@@ -155,6 +150,7 @@ class GrammarCompiler:
         self._slots = threading.BoundedSemaphore(_NUM_COMPILATIONS)
         self._backend: Any = None
         self._executor: Any = None
+        self._added_ids = set(tokenizer.backend.get_added_tokens_decoder())
         # In order of last use.
         self._cache: collections.OrderedDict[
             StructuredOutputsParams, concurrent.futures.Future[Grammar]
@@ -200,8 +196,27 @@ class GrammarCompiler:
             self._executor.unsafe_compute_mask_ptr(
                 pairs, masks.ctypes.data, masks.strides[0], len(masks)
             )
+        # Where only one word of a mask is set, there may be only one token.
+        for i in np.flatnonzero(np.count_nonzero(masks[: len(pairs)], axis=1) == 1).tolist():
+            self._spell_out(matchers[i].backend, masks[i])
         for matcher, mask in zip(matchers, masks, strict=False):
             matcher.check_mask(mask)
+
+    def _spell_out(self, matcher: Any, mask: NDArray[np.int32]) -> None:
+        """Replaces a special token that the package wants for text that spells the same.
+
+        Where only one text can follow, it takes the tokenizer's first token of it, even if that is
+        a special one, which it then does not accept.
+        """
+        found = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+        if len(found) != 1 or int(found[0]) not in self._added_ids:
+            return
+        if matcher.is_stopped() or matcher.validate_tokens(found.tolist()) == 1:
+            return
+        text = matcher.compute_ff_bytes().decode("utf-8", "ignore")
+        token_id = self._backend.greedy_tokenize(text)[0]
+        mask[:] = 0
+        mask.view(np.uint32)[token_id >> 5] = 1 << (token_id & 31)
 
     def _compile(self, params: StructuredOutputsParams) -> Grammar:
         tokenizer = self._get_backend()
@@ -211,6 +226,13 @@ class GrammarCompiler:
             raise ValueError(
                 f"structured_outputs.{params.form} cannot be used: {_one_line(str(error))}"
             ) from None
+        except BaseException as error:
+            # What a failed assertion of the package becomes is no Exception.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(
+                f"structured_outputs.{params.form} cannot be used: llguidance failed on it"
+            ) from error
 
     def _get_backend(self) -> Any:
         """The tokenizer as the package sees it; made when it is first needed."""
@@ -258,9 +280,7 @@ def _grammar_text(params: StructuredOutputsParams) -> str:
     if params.regex is not None:
         return LLMatcher.grammar_from_regex(params.regex)
     if params.choice is not None:
-        # JSON leaves one character as it is that Lark wants escaped.
-        strings = [json.dumps(choice).replace("\x7f", "\\u007f") for choice in params.choice]
-        return LLMatcher.grammar_from_lark(f"start: {' | '.join(strings)}")
+        return LLMatcher.grammar_from_lark(f"start: {' | '.join(map(lark_string, params.choice))}")
     if params.grammar is not None:
         try:
             return LLMatcher.grammar_from_lark(any_to_lark(params.grammar))

@@ -114,6 +114,12 @@ class StructuredOutputsParams:
         object.__setattr__(self, name, value)
 
 
+def lark_string(text: str) -> str:
+    """A text as Lark's grammars quote it."""
+    # JSON's way, but for one character that JSON leaves as it is.
+    return json.dumps(text).replace("\x7f", "\\u007f")
+
+
 def _schema_text(schema: object) -> str:
     """A schema as JSON text, with its keys in the order given."""
     try:

@@ -9,6 +9,7 @@ from jpaged.serving.tool_parsers.base import ToolParser as ToolParser
 from jpaged.serving.tool_parsers.base import ToolStream as ToolStream
 from jpaged.serving.tool_parsers.call_stream import CallParser, CallStream
 from jpaged.serving.tool_parsers.call_stream import collect as collect
+from jpaged.serving.tool_parsers.forced_call import forced_call as forced_call
 from jpaged.serving.tool_parsers.hermes import HermesStream
 from jpaged.serving.tool_parsers.llama3 import Llama3Stream
 from jpaged.serving.tool_parsers.mistral import MistralStream

@@ -143,6 +143,27 @@ def test_special_tokens_and_those_the_tokenizer_lacks_are_no_text(kind):
     assert max(allowed) < tokenizer.vocab_size < VOCAB_SIZE
 
 
+@pytest.mark.parametrize("text", ["<|tag|>", "</s>", "<think>", "[X]"])
+@pytest.mark.parametrize("special", [True, False])
+def test_text_that_spells_a_special_token_is_written_in_others(text, special):
+    backend = tiny_tokenizers.byte_level()
+    if backend.token_to_id(text) is None:
+        (backend.add_special_tokens if special else backend.add_tokens)([text])
+    tokenizer = Tokenizer(backend, eos_token_ids=(EOS,))
+    compiler = GrammarCompiler(tokenizer, VOCAB_SIZE, [EOS])
+    mask = np.zeros((1, mask_width(VOCAB_SIZE)), np.int32)
+    for choices in (["a" + text], [text + "b", text + "c"], ["{}" + text * 2]):
+        matcher = GrammarMatcher(compiler.compile(StructuredOutputsParams(choice=choices)))
+        ids = []
+        while not matcher.is_complete:
+            compiler.fill([matcher], mask)
+            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+            ids.append(int(allowed[0]))
+            matcher.advance(ids[-1])
+            assert matcher.error is None
+        assert tokenizer.decode(ids, skip_special_tokens=True) in choices
+
+
 def test_end_tokens_are_allowed_where_output_may_end_and_nowhere_else():
     matcher = GrammarMatcher(_compile(regex="ab?"), end_token_ids=[4, 319])
     a, b = _TOKENIZERS["byte_level"].encode("a") + _TOKENIZERS["byte_level"].encode("b")
@@ -173,12 +194,6 @@ def test_masks_of_many_matchers_are_those_of_each():
     for matcher, mask in zip(matchers, masks, strict=False):
         found = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
         assert set(found.tolist()) == _allowed(matcher)
-
-
-def test_the_first_mask_is_there_before_any_matcher():
-    grammar = _compile(regex="[xy]z")
-    bits = np.flatnonzero(np.unpackbits(grammar.first_mask.view(np.uint8), bitorder="little"))
-    assert set(bits.tolist()) == _allowed(GrammarMatcher(grammar))
 
 
 @pytest.mark.parametrize(
@@ -264,6 +279,18 @@ def test_threads_that_want_the_same_grammar_compile_it_once(monkeypatch):
         found = list(pool.map(compiler.compile, forms))
     assert len(made) == 4
     assert all(found[i] is found[i % 4] for i in range(64))
+
+
+def test_a_failed_assertion_of_the_package_is_an_ordinary_error(monkeypatch):
+    panic = type("PanicException", (BaseException,), {})
+
+    def fail(*_):
+        raise panic("internal error")
+
+    monkeypatch.setattr(structured_outputs, "Grammar", fail)
+    compiler = GrammarCompiler(_TOKENIZERS["byte_level"], VOCAB_SIZE, [EOS])
+    with pytest.raises(ValueError, match="llguidance failed on it"):
+        compiler.compile(StructuredOutputsParams(regex="a"))
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused():
