@@ -27,9 +27,9 @@ MAX_CACHED_CHARS = 16 << 20
 # Compilations at once: more would take the engine's thread its processors.
 _NUM_COMPILATIONS = 2
 _MAX_MESSAGE_CHARS = 400
-# Of the package's limits its defaults hold: a compilation takes at most seconds and the mask of a
-# token some milliseconds. Its long messages would show the grammar's inside.
-_LIMITS: dict[str, Any] = {"verbose_errors": False}
+# By default a compilation takes at most some seconds, but the mask of a token, where a grammar has
+# ever more meanings for a text, half a second (`s: s s | "a"`, 269 tokens); so 20 ms.
+_LIMITS: dict[str, Any] = {"max_items_in_row": 500, "verbose_errors": False}
 
 
 def is_available() -> bool:

@@ -244,6 +244,19 @@ def test_an_expansive_regex_is_bounded():
         _compile(regex="(" * 5000 + "a" + ")" * 5000)
 
 
+def test_a_text_of_ever_more_meanings_ends_at_the_limit():
+    matcher = GrammarMatcher(_compile(grammar='start: s\ns: s s | "a"'))
+    (a,) = _TOKENIZERS["byte_level"].encode("a")
+    for _ in range(1000):
+        if matcher.error is not None:
+            break
+        _allowed(matcher)
+        matcher.advance(a)
+    assert matcher.error is not None
+    assert "max is 500" in matcher.error
+    assert not matcher.is_complete
+
+
 def test_a_grammar_is_compiled_once_and_a_bad_one_is_not_kept(monkeypatch):
     compiler = GrammarCompiler(_TOKENIZERS["byte_level"], VOCAB_SIZE, [EOS])
     grammar = compiler.compile(StructuredOutputsParams(json={"type": "null"}))
