@@ -55,6 +55,7 @@ def write_model(directory: Path, backend: tokenizers.Tokenizer, **fields: Any) -
     """Writes a tiny Llama with random weights and a tokenizer; returns its path."""
     raw = tiny_models.CASES["llama_gqa_llama3"] | {
         "vocab_size": VOCAB_SIZE,
+        "num_hidden_layers": 1,
         "max_position_embeddings": 512,
         "eos_token_id": [EOS, END_OF_TURN],
     }

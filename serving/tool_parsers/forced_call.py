@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jpaged.serving.tool_parsers import hermes, mistral
 from jpaged.structured_outputs_params import StructuredOutputsParams, lark_string
-from jpaged.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jpaged.tokenizer import Tokenizer
 
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -14,7 +16,7 @@ _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": Fa
 def forced_call(
     parser: str,
     tools: Sequence[Mapping[str, Any]],
-    tokenizer: Tokenizer | None = None,
+    tokenizer: "Tokenizer | None" = None,
     *,
     function: str | None = None,
     parallel: bool = True,
@@ -58,7 +60,7 @@ def forced_call(
 class _Markers:
     """Texts as a grammar spells them: those that are a token by its id."""
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, tokenizer: "Tokenizer | None") -> None:
         self._tokenizer = tokenizer
 
     def has(self, marker: str) -> bool:

@@ -1,5 +1,6 @@
 """Structured output in the whole engine: a model with random weights that must keep to its form."""
 
+import asyncio
 import json
 import re
 from typing import Any
@@ -10,7 +11,13 @@ import tiny_models
 import tiny_tokenizers
 from tiny_tokenizers import END_OF_TURN, EOS
 
-from jpaged import LLM, SamplingParams, StructuredOutputsParams, structured_outputs
+from jpaged import (
+    LLM,
+    AsyncLLM,
+    SamplingParams,
+    StructuredOutputsParams,
+    structured_outputs,
+)
 from jpaged.models.loader import load_model
 
 pytest.importorskip("llguidance")
@@ -320,6 +327,34 @@ def test_a_stream_that_is_closed_leaves_nothing_behind(llm):
     *_, last = other
     assert _is_of_form("regex", last.outputs[0].text)
     _assert_idle(llm)
+
+
+def test_cancelled_tasks_leave_the_others_as_they_are(options, llm):
+    """Of the asynchronous engine: those that are not cancelled have the tokens of a lone run."""
+    params = [_drawn(form, seed) for seed in range(4) for form in FORMS]
+    prompts = [PROMPTS[i % 4] for i in range(len(params))]
+    expected = _told(_run(llm, params, prompts))
+
+    async def read(engine, i):
+        outputs = []
+        async for output in engine.generate(prompts[i], params[i]):
+            if i % 3 == 0 and len(output.outputs[0].token_ids) >= i % 5:
+                return None
+            outputs.append(output)
+        return _told(outputs[-1:])
+
+    async def run():
+        async with AsyncLLM(**options) as engine:
+            found = await asyncio.gather(*(read(engine, i) for i in range(len(params))))
+            async for _ in engine.generate("Hi", _drawn("choice")):
+                pass  # What was cancelled before it is gone when it ends.
+            stats = engine.stats().scheduler
+            assert (stats.num_running, stats.num_waiting, stats.blocks.used) == (0, 0, 0)
+            return found
+
+    for i, told in enumerate(asyncio.run(run())):
+        assert told is None or told == expected[i : i + 1]
+        assert told is None or i % 3 or len(told[0][1]) < max(i % 5, 1)
 
 
 def test_nothing_is_compiled_after_warm_up(options):

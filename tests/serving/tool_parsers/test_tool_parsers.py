@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -204,6 +207,15 @@ def test_an_unknown_parser_is_refused_by_name():
             ValueError, match=r"one of hermes, llama3_json, mistral, got 'pythonic'"
         ):
             function("pythonic")
+
+
+def test_importing_the_parsers_imports_no_jax():
+    code = "import sys, jpaged.serving.tool_parsers; print({'jax', 'numpy'} & sys.modules.keys())"
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True
+    )
+    assert done.stdout.strip() == "set()"
 
 
 def test_markers_that_are_special_tokens_are_told():
