@@ -12,6 +12,8 @@ the repeats counts. The schema describes a list of objects that is longer than t
   ms/token     time of the run over the tokens of one request
   host ms      of a step: scheduling, filling inputs, sending masks
   ratio        of time to that of free text
+  cpu ratio    the same of the process's own processor time, which says more where other work
+               disturbs the machine
   mask us      of a token: following the grammar and computing the mask, by itself in one thread
 """
 
@@ -42,16 +44,28 @@ SCHEMA = {"type": "array", "items": PERSON, "minItems": 500}
 PROMPT = "A list of people as JSON: "
 
 
-def run(llm: LLM, params: list[SamplingParams]) -> tuple[float, float, list[list[int]]]:
-    """Runs one request for each of the parameters; seconds, host seconds a step, tokens."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Measured:
+    """One side of one round."""
+
+    seconds: float
+    cpu_seconds: float
+    host_seconds_per_step: float
+    num_steps: int
+    token_ids: list[list[int]]
+
+
+def run(llm: LLM, params: list[SamplingParams]) -> Measured:
+    """Runs one request for each of the parameters."""
     before = llm.stats()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     outputs = llm.generate([PROMPT] * len(params), params, use_tqdm=False)
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     after = llm.stats()
     num_steps = after.scheduler.num_steps - before.scheduler.num_steps
     host = (after.host_time_s - before.host_time_s) / num_steps
-    return seconds, host, [output.outputs[0].token_ids for output in outputs]
+    token_ids = [output.outputs[0].token_ids for output in outputs]
+    return Measured(seconds, cpu_seconds, host, num_steps, token_ids)
 
 
 def compare(llm: LLM, batch: int, max_tokens: int, repeats: int) -> dict[str, Any]:
@@ -64,27 +78,28 @@ def compare(llm: LLM, batch: int, max_tokens: int, repeats: int) -> dict[str, An
     bound = [dataclasses.replace(p, ignore_eos=False, structured_outputs=form) for p in free]
     num_bound = max(batch // 4, 1)
     sides = {"free": free, "schema": bound, "quarter": [*bound[:num_bound], *free[num_bound:]]}
-    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    runs: dict[str, list[Measured]] = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         for name, params in sides.items():
-            seconds, host, tokens = run(llm, params)
-            assert all(len(ids) == max_tokens for ids in tokens), "an output ended early"
+            measured = run(llm, params)
+            lengths = {len(token_ids) for token_ids in measured.token_ids}
+            assert lengths == {max_tokens}, "an output ended early"
             if repeat:  # the first compiles
-                runs[name].append((seconds, host))
-    fastest = {name: min(found) for name, found in runs.items()}
-    return {
-        "batch": batch,
-        "max_tokens": max_tokens,
-        **{
-            name: {
-                "seconds": [one for one, _ in runs[name]],
-                "ms_per_token": seconds / max_tokens * 1e3,
-                "host_ms_per_step": host * 1e3,
-                "ratio": seconds / fastest["free"][0],
-            }
-            for name, (seconds, host) in fastest.items()
-        },
-    }
+                runs[name].append(measured)
+    seconds = {name: min(one.seconds for one in found) for name, found in runs.items()}
+    cpu = {name: min(one.cpu_seconds for one in found) for name, found in runs.items()}
+    result: dict[str, Any] = {"batch": batch, "max_tokens": max_tokens}
+    for name, found in runs.items():
+        result[name] = {
+            "seconds": [one.seconds for one in found],
+            "cpu_seconds": [one.cpu_seconds for one in found],
+            "num_steps": found[0].num_steps,
+            "ms_per_token": seconds[name] / max_tokens * 1e3,
+            "host_ms_per_step": min(one.host_seconds_per_step for one in found) * 1e3,
+            "ratio": seconds[name] / seconds["free"],
+            "cpu_ratio": cpu[name] / cpu["free"],
+        }
+    return result
 
 
 def mask_time(llm: LLM, max_tokens: int) -> float:
@@ -94,7 +109,7 @@ def mask_time(llm: LLM, max_tokens: int) -> float:
     compiler = GrammarCompiler(llm.get_tokenizer(), vocab_size, engine.eos_token_ids)
     form = StructuredOutputsParams(json=SCHEMA)
     params = SamplingParams(temperature=1.0, max_tokens=max_tokens, structured_outputs=form)
-    _, _, outputs = run(llm, [params] * 4)
+    outputs = run(llm, [params] * 4).token_ids
     masks = np.zeros((1, mask_width(vocab_size)), np.int32)
     seconds = []
     for token_ids in outputs:
@@ -142,7 +157,13 @@ def main() -> None:
     common.finish(result, args.json)
 
 
-_COLUMNS = {"ms/token": "ms_per_token", "host ms": "host_ms_per_step", "ratio": "ratio"}
+_COLUMNS = {
+    "steps": "num_steps",
+    "ms/token": "ms_per_token",
+    "host ms": "host_ms_per_step",
+    "ratio": "ratio",
+    "cpu ratio": "cpu_ratio",
+}
 
 if __name__ == "__main__":
     main()

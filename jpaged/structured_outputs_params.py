@@ -23,7 +23,7 @@ class StructuredOutputsParams:
     Attributes:
         json: a JSON schema, as text or as a mapping.
         regex: a regular expression that the whole output matches (Rust's syntax: no look-around,
-            no back-references).
+            no back-references; its digits and letters are those of Unicode, not of ASCII).
         choice: strings, one of which the output is.
         grammar: a context-free grammar in Lark's syntax, or EBNF as llama.cpp writes it (GBNF).
         json_object: any JSON object.
