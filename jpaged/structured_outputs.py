@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import importlib.util
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,19 @@ MAX_CACHED_CHARS = 16 << 20
 # Compilations at once: more would take the engine's thread its processors.
 _NUM_COMPILATIONS = 2
 _MAX_MESSAGE_CHARS = 400
-# By default a compilation takes at most some seconds, but the mask of a token, where a grammar has
-# ever more meanings for a text, half a second (`s: s s | "a"`, 269 tokens); so 20 ms.
-_LIMITS: dict[str, Any] = {"max_items_in_row": 500, "verbose_errors": False}
+# By default a token takes up to half a second where a grammar has ever more meanings for a text
+# (`s: s s | "a"`, 269 tokens), and a lexer up to 100 MB; so some 30 ms and 20 MB. Objects of 200
+# optional properties and unions of 600 objects still fit.
+_LIMITS: dict[str, Any] = {
+    "max_items_in_row": 1000,
+    "step_max_items": 3000,
+    "max_lexer_states": 50_000,
+    "verbose_errors": False,
+}
+# The one limit that the matchers of a grammar share.
+_SHARED_LIMIT = "too many states"
+# A grammar that takes longer is not compiled again on the engine's thread.
+_MAX_RENEWAL_S = 0.05
 
 
 def is_available() -> bool:
@@ -53,7 +64,9 @@ class Grammar:
         """
         self._tokenizer = tokenizer
         self._text = text
+        start = time.perf_counter()
         self._prototype = self._compile()
+        self._compile_s = time.perf_counter() - start
         # What the first mask costs is paid here, and a limit that it meets is told now.
         _compute_mask(self._prototype, np.zeros(width, np.int32))
         if self._prototype.is_error():
@@ -69,12 +82,15 @@ class Grammar:
         """A matcher of the package that has seen no token."""
         return self._prototype.deep_copy()
 
-    def renew(self, token_ids: Sequence[int]) -> Any:
-        """A matcher that has seen these tokens and shares nothing with those of before.
+    def renew(self, failed: Any, token_ids: Sequence[int]) -> Any:
+        """What a matcher that failed goes on as: another one that has seen the same tokens.
 
         All matchers of a grammar share what was worked out of its lexer, and so its limit: it may
-        be reached by what others made of it.
+        be reached by what others made of it. Then it is compiled again, unless that takes long; a
+        matcher that failed for itself stays what it is.
         """
+        if _SHARED_LIMIT not in failed.get_error() or self._compile_s > _MAX_RENEWAL_S:
+            return failed
         self._prototype = self._compile()
         matcher = self.start()
         matcher.consume_tokens(list(token_ids))
@@ -118,12 +134,12 @@ class GrammarMatcher:
             return
         self._token_ids.append(token_id)
         if not self._matcher.consume_token(token_id):
-            self._matcher = self._grammar.renew(self._token_ids)
+            self._matcher = self._grammar.renew(self._matcher, self._token_ids)
 
     def check_mask(self, mask: NDArray[np.int32]) -> None:
         """Completes a mask that was computed: tries again what failed, adds the end tokens."""
         if self._matcher.is_error():
-            self._matcher = self._grammar.renew(self._token_ids)
+            self._matcher = self._grammar.renew(self._matcher, self._token_ids)
             _compute_mask(self._matcher, mask)
         if len(self._ends) and self._matcher.is_accepting():
             words = mask.view(np.uint32)
@@ -249,11 +265,17 @@ class GrammarCompiler:
                         "structured_outputs needs a tokenizer with at most as many tokens as the "
                         f"model ({self._vocab_size}), got {self._tokenizer.vocab_size}"
                     )
-                self._backend = llguidance.LLTokenizer(
-                    self._tokenizer.backend.to_str(),
-                    n_vocab=self._vocab_size,
-                    eos_token=self._eos_token_ids or None,
-                )
+                try:
+                    self._backend = llguidance.LLTokenizer(
+                        self._tokenizer.backend.to_str(),
+                        n_vocab=self._vocab_size,
+                        eos_token=self._eos_token_ids or None,
+                    )
+                except ValueError as error:
+                    raise ValueError(
+                        "structured_outputs cannot be used with this model's tokenizer: "
+                        f"{_one_line(str(error))}"
+                    ) from error
                 self._executor = llguidance.LLExecutor()
             return self._backend
 
@@ -280,7 +302,9 @@ def _grammar_text(params: StructuredOutputsParams) -> str:
     if params.regex is not None:
         return LLMatcher.grammar_from_regex(params.regex)
     if params.choice is not None:
-        return LLMatcher.grammar_from_lark(f"start: {' | '.join(map(lark_string, params.choice))}")
+        # One terminal: as rules the grammar's items would be as many as the strings.
+        strings = " | ".join(map(lark_string, params.choice))
+        return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {strings}")
     if params.grammar is not None:
         try:
             return LLMatcher.grammar_from_lark(any_to_lark(params.grammar))

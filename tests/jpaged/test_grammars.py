@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_tokenizers
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import END_OF_TURN, EOS, VOCAB_SIZE
@@ -244,16 +245,47 @@ def test_an_expansive_regex_is_bounded():
         _compile(regex="(" * 5000 + "a" + ")" * 5000)
 
 
-def test_a_text_of_ever_more_meanings_ends_at_the_limit():
+def _kind(number):
+    return {
+        "type": "object",
+        "properties": {"kind": {"const": f"k{number}"}, "size": {"type": "integer"}},
+        "required": ["kind", "size"],
+        "additionalProperties": False,
+    }
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"choice": [f"{i * 7919 % 10_007} of many" for i in range(10_000)]},
+        {"json": {"enum": [f"{i * 7919 % 10_007} of many" for i in range(10_000)]}},
+        {"json": {"properties": {f"p{i}": {"type": "string"} for i in range(200)}}},
+        {"json": {"anyOf": [_kind(i) for i in range(600)]}},
+    ],
+)
+def test_large_specifications_are_within_the_limits(fields):
+    rng = np.random.default_rng(0)
+    matcher = GrammarMatcher(_compile(**fields))
+    for _ in range(40):
+        token_id = int(rng.choice(sorted(_allowed(matcher))))
+        if matcher.is_complete or token_id in (EOS, END_OF_TURN):
+            break
+        matcher.advance(token_id)
+        assert matcher.error is None
+
+
+def test_a_text_of_ever_more_meanings_ends_at_the_limit(monkeypatch):
+    assert structured_outputs._LIMITS["max_items_in_row"] == 1000
+    monkeypatch.setitem(structured_outputs._LIMITS, "max_items_in_row", 99)
     matcher = GrammarMatcher(_compile(grammar='start: s\ns: s s | "a"'))
     (a,) = _TOKENIZERS["byte_level"].encode("a")
-    for _ in range(1000):
+    for _ in range(100):
         if matcher.error is not None:
             break
         _allowed(matcher)
         matcher.advance(a)
     assert matcher.error is not None
-    assert "max is 500" in matcher.error
+    assert "max is 99" in matcher.error
     assert not matcher.is_complete
 
 
@@ -304,6 +336,14 @@ def test_a_failed_assertion_of_the_package_is_an_ordinary_error(monkeypatch):
     compiler = GrammarCompiler(_TOKENIZERS["byte_level"], VOCAB_SIZE, [EOS])
     with pytest.raises(ValueError, match="llguidance failed on it"):
         compiler.compile(StructuredOutputsParams(regex="a"))
+
+
+def test_a_tokenizer_without_bytes_is_refused():
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    compiler = GrammarCompiler(Tokenizer(backend), VOCAB_SIZE, [])
+    with pytest.raises(ValueError, match="cannot be used with this model's tokenizer: can't") as e:
+        compiler.compile(StructuredOutputsParams(regex="a"))
+    assert "\n" not in str(e.value)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused():

@@ -379,7 +379,7 @@ def test_a_grammar_whose_limit_others_used_up_is_compiled_again(llm, monkeypatch
     monkeypatch.setattr(
         structured_outputs.Grammar,
         "renew",
-        lambda self, ids: renewed.append(len(ids)) or renew(self, ids),
+        lambda self, failed, ids: renewed.append(len(ids)) or renew(self, failed, ids),
     )
     assert _told(_run(llm, [_drawn(form, s, max_tokens=60) for s in range(4)])) == expected
     assert renewed
