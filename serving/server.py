@@ -116,6 +116,7 @@ class _Serving:
             log_level=settings.log_level,
             access_log=not settings.disable_access_log,
             server_header=False,
+            root_path=settings.root_path,
             uds=settings.uds,
             ssl_keyfile=settings.ssl_keyfile,
             ssl_certfile=settings.ssl_certfile,
