@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchem
 
 MAX_NAME_CHARS = 128
 
+Integer = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+"""What can travel to the engine; JSON knows larger ones."""
+
 
 class Body(BaseModel):
     """What all bodies have in common: no conversions between types, no unknown fields."""
@@ -94,10 +97,10 @@ class GenerationBody(Body):
     model: str | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    max_tokens: int | None = None
-    n: int | None = None
+    max_tokens: Integer | None = None
+    n: Integer | None = None
     presence_penalty: float | None = None
-    seed: int | None = None
+    seed: Integer | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -107,31 +110,31 @@ class GenerationBody(Body):
     response_format: ResponseFormat | None = None
     # From here on vLLM's own.
     use_beam_search: bool | None = None
-    best_of: int | None = None
+    best_of: Integer | None = None
     length_penalty: float | None = None
     early_stopping: bool | Literal["never"] | None = None
-    top_k: int | None = None
+    top_k: Integer | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[Integer] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
+    min_tokens: Integer | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    truncate_prompt_tokens: int | None = None
+    truncate_prompt_tokens: Integer | None = None
     truncation_side: Literal["left", "right"] | None = None
-    allowed_token_ids: list[int] | None = None
-    prompt_logprobs: int | None = None
+    allowed_token_ids: list[Integer] | None = None
+    prompt_logprobs: Integer | None = None
     bad_words: list[str] | None = None
     add_special_tokens: bool | None = None
     structured_outputs: StructuredOutputs | None = None
-    priority: int | None = None
+    priority: Integer | None = None
     request_id: RequestName | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     cache_salt: str | None = None
-    stream_interval: int | None = None
+    stream_interval: Integer | None = None
 
 
 class CompletionRequest(GenerationBody):
@@ -139,7 +142,7 @@ class CompletionRequest(GenerationBody):
 
     prompt: PromptField
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: Integer | None = None
 
 
 REFUSED = {

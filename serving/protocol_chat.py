@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from jpaged.serving.protocol import Body, GenerationBody
+from jpaged.serving.protocol import Body, GenerationBody, Integer
 
 
 class TextPart(Body):
@@ -114,8 +114,8 @@ class ChatCompletionRequest(GenerationBody, TemplateOptions):
 
     messages: Messages
     logprobs: bool | None = None
-    top_logprobs: int | None = None
-    max_completion_tokens: int | None = None
+    top_logprobs: Integer | None = None
+    max_completion_tokens: Integer | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
@@ -134,4 +134,4 @@ class DetokenizeRequest(Body):
     """Body of POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: list[Integer]
