@@ -20,7 +20,7 @@ import uvloop
 
 from jpaged.serving.app import create_app
 from jpaged.serving.engine_client import EngineProcessClient
-from jpaged.serving.engine_link import ENGINE_COMMAND
+from jpaged.serving.http_protocol import with_head_timeout
 from jpaged.serving.logs import READY, logging_to_stderr
 from jpaged.serving.settings import ServerSettings
 
@@ -110,7 +110,7 @@ class _Serving:
         settings = self._settings
         config = uvicorn.Config(
             create_app(engine, settings),
-            http="httptools",
+            http=with_head_timeout(settings.body_timeout_s),
             ws="none",
             log_config=None,
             log_level=settings.log_level,

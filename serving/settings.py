@@ -44,7 +44,7 @@ class ServerSettings:
         allowed_headers: Headers they may send.
         allow_credentials: Whether they may send cookies and authorization.
         max_body_bytes: Largest body of a request.
-        body_timeout_s: Longest time that a body may take to come.
+        body_timeout_s: Longest time that a request's head, and then its body, may take to come.
         write_timeout_s: Longest time that a client may take to read what was sent.
         max_prompts: Most prompts in one completions request.
         max_n: Most continuations of one prompt.

@@ -13,11 +13,14 @@ STARTED_S = 60  # never waited for unless a test fails
 
 
 @contextlib.contextmanager
-def serving(make_app: Callable[[], AbstractAsyncContextManager[Any]]) -> Iterator[str]:
+def serving(
+    make_app: Callable[[], AbstractAsyncContextManager[Any]], **options: Any
+) -> Iterator[str]:
     """The server's URL while the context lasts.
 
     Args:
         make_app: Gives the application, within the server's event loop.
+        **options: Of uvicorn.
     """
     server = _Server()
     started: list[BaseException | int] = []
@@ -26,7 +29,7 @@ def serving(make_app: Callable[[], AbstractAsyncContextManager[Any]]) -> Iterato
     async def run() -> None:
         try:
             async with make_app() as app:
-                config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None)
+                config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, **options)
                 await server.run(config, started, ready)
         except BaseException as error:
             started.append(error)

@@ -101,7 +101,7 @@ def _add_limits(command: argparse.ArgumentParser) -> None:
     add("--max-body-bytes", "largest body of a request", 16777216, type=int, metavar="N")
     add(
         "--body-timeout",
-        "seconds that a body may take to come",
+        "seconds that a request's head, and then its body, may take to come",
         60,
         dest="body_timeout_s",
         type=float,

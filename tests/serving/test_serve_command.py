@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import types
+from typing import Any
 
 import pytest
 
@@ -130,12 +131,12 @@ def test_missing_extra_is_one_line(monkeypatch, capsys):
 
 def test_every_setting_has_a_flag_and_help_names_its_default():
     fields = {field.name: field.default for field in dataclasses.fields(ServerSettings)}
-    found = {a.dest.removeprefix(SERVER_PREFIX): a for a in actions()}
+    found = {str(a.dest).removeprefix(SERVER_PREFIX): a for a in actions()}
     assert {NAMES_OF_FLAGS.get(name, name) for name in found} == fields.keys()
     for name, action in found.items():
         assert action.default is None, "what is left out is left to ServerSettings"
         shown = (action.help or "").rpartition("(default: ")[2].removesuffix(")")
-        default = fields[NAMES_OF_FLAGS.get(name, name)]
+        default: Any = fields[NAMES_OF_FLAGS.get(name, name)]
         if shown == action.help or isinstance(default, tuple | None):
             continue
         assert float(shown) == default if isinstance(default, float) else shown == str(default)
