@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import os
 import random
 import socket
 import sys
@@ -279,14 +280,16 @@ async def get_json(host: str, port: int, path: str) -> Any:
     return json.loads(body) if body else None
 
 
-def memory_bytes(pid: int) -> int:
-    """Resident memory of a process and its children."""
-    total = 0
-    for each in [pid, *_children(pid)]:
-        with contextlib.suppress(OSError):
-            pages = int(Path(f"/proc/{each}/statm").read_text().split()[1])
-            total += pages * 4096
-    return total
+def memory_bytes(pid: int) -> dict[str, int]:
+    """Resident memory of the server's process and of its children, the engine's."""
+    children = sum(_resident(child) for child in _children(pid))
+    return {"http": _resident(pid), "engine": children}
+
+
+def _resident(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def _children(pid: int) -> list[int]:
@@ -336,12 +339,12 @@ async def run(args: argparse.Namespace) -> int:
     async with place as (host, port, pid):
         options = {"concurrency": args.concurrency, "seed": args.seed}
         # The first ones fill caches that are meant to stay.
-        await fuzz(host, port, num_requests=args.num_requests // 10, **options)
-        before = memory_bytes(pid) if pid else 0
+        await fuzz(host, port, num_requests=args.num_warmups, **options)
+        before = memory_bytes(pid) if pid else {}
         start = time.perf_counter()
         report = await fuzz(host, port, num_requests=args.num_requests, **options)
         seconds = time.perf_counter() - start
-        after = memory_bytes(pid) if pid else 0
+        after = memory_bytes(pid) if pid else {}
         await get_json(host, port, "/health")
         load = (await get_json(host, port, "/load"))["server_load"]
         counts = (await get_json(host, port, "/pool")).get("counts", {})
@@ -356,7 +359,8 @@ async def run(args: argparse.Namespace) -> int:
         "failures": len(report.failures),
         "open_requests_after": load,
         "used_blocks_after": counts.get("used", 0) + counts.get("shared", 0),
-        "memory_growth_bytes": after - before,
+        "memory_bytes": after,
+        "memory_growth_bytes": {name: after[name] - before[name] for name in after},
     }
     print(json.dumps(result))
     return 1 if report.failures or load or result["used_blocks_after"] else 0
@@ -367,6 +371,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--url", help="a server that runs already")
     parser.add_argument("--num-requests", type=int, default=20_000)
+    parser.add_argument("--num-warmups", type=int, default=5_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("server_options", nargs="*", help="options of jpaged serve, after --")

@@ -22,6 +22,7 @@ OPERATIONS = [
     ("get", "/version"),
     ("get", "/load"),
     ("get", "/pool"),
+    ("get", "/metrics"),
 ]
 EXAMPLES = 40
 SUPPRESSED = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much]
