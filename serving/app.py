@@ -129,6 +129,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
             version=app.version,
             description=app.description,
             routes=app.routes,
+            servers=app.servers,
         )
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         schemas |= components()

@@ -9,6 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 MAX_NAME_CHARS = 128
+# Each one is looked for at every token, while all other requests wait.
+MAX_STOPS = 64
+MAX_STOP_TOKENS = 256
+MAX_BAD_WORDS = 256
 
 Integer = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 """What can travel to the engine; JSON knows larger ones."""
@@ -101,7 +105,7 @@ class GenerationBody(Body):
     n: Integer | None = None
     presence_penalty: float | None = None
     seed: Integer | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = None
@@ -116,7 +120,7 @@ class GenerationBody(Body):
     top_k: Integer | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: list[Integer] | None = None
+    stop_token_ids: Annotated[list[Integer], Field(max_length=MAX_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: Integer | None = None
@@ -126,7 +130,7 @@ class GenerationBody(Body):
     truncation_side: Literal["left", "right"] | None = None
     allowed_token_ids: list[Integer] | None = None
     prompt_logprobs: Integer | None = None
-    bad_words: list[str] | None = None
+    bad_words: Annotated[list[str], Field(max_length=MAX_BAD_WORDS)] | None = None
     add_special_tokens: bool | None = None
     structured_outputs: StructuredOutputs | None = None
     priority: Integer | None = None

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 MAX_DEPTH = 100
 """Deepest nesting of JSON: beyond it recursive code, ours or a library's, would be at risk."""
 
+INLINE_BYTES = 64 * 1024
+"""Larger bodies are read in a thread: megabytes of JSON would hold up everybody's streams."""
+
 BodyT = TypeVar("BodyT", bound=Body)
 _CLOSE = {"Connection": "close"}  # what was not read of the body must not become a request
 
@@ -43,7 +46,9 @@ async def read_body(request: Request, kind: type[BodyT], settings: ServerSetting
         ) from None
     except ClientDisconnect:
         raise ClientDisconnectedError from None
-    return validate(kind, decode_json(raw))
+    if len(raw) <= INLINE_BYTES:
+        return validate(kind, decode_json(raw))
+    return await asyncio.to_thread(lambda: validate(kind, decode_json(raw)))
 
 
 def decode_json(raw: bytes) -> Any:

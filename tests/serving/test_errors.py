@@ -1,12 +1,15 @@
 import json
+import threading
 
 import pytest
 import sse
 from starlette.testclient import TestClient
 
+from jpaged.serving import request_body
 from jpaged.serving.app import create_app
 from jpaged.serving.engine import EngineDeadError, QueueFullError
 from jpaged.serving.protocol import REFUSED
+from jpaged.serving.request_body import decode_json
 from jpaged.serving.settings import ServerSettings
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -79,6 +82,9 @@ def test_unsupported_field_is_refused_by_name(client, engine, path, name):
         ({"seed": 2**63}, "seed"),
         ({"stop": [""]}, "stop"),
         ({"stop": [1]}, "stop[0]"),
+        ({"stop": [str(i) for i in range(65)]}, "stop"),
+        ({"stop_token_ids": [5] * 257}, "stop_token_ids"),
+        ({"bad_words": [str(i) for i in range(257)]}, "bad_words"),
         ({"stop": "\x00" * 3, "stop_token_ids": [-1]}, "stop_token_ids"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"logit_bias": {"-1": 1}}, "logit_bias"),
@@ -159,6 +165,21 @@ def test_wrong_value_is_refused_by_name(client, engine, fields, param):
 def test_what_is_no_json_is_refused(client, raw):
     answer = client.post(CHAT, content=raw, headers={"Content-Type": "application/json"})
     assert error_of(answer)["code"] == "invalid_json"
+
+
+def test_large_bodies_are_read_in_a_thread(client, monkeypatch):
+    names = []
+
+    def decode(raw):
+        names.append(threading.current_thread().name)
+        return decode_json(raw)
+
+    monkeypatch.setattr(request_body, "decode_json", decode)
+    for num in (10, request_body.INLINE_BYTES + 1):
+        error_of(client.post(COMPLETIONS, json={"prompt": [5] * num, "truncation_side": "left"}))
+    small, large = names
+    assert large.startswith("asyncio_")
+    assert not small.startswith("asyncio_")
 
 
 @pytest.mark.parametrize("raw", [b"[]", b'"a"', b"1", b"null"])
