@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import common
 from jpaged.serving.protocol import CompletionRequest
 from jpaged.serving.protocol_chat import (
     ChatCompletionRequest,
@@ -338,7 +339,7 @@ async def run(args: argparse.Namespace) -> int:
         place = server(args.server_options)
     async with place as (host, port, pid):
         options = {"concurrency": args.concurrency, "seed": args.seed}
-        # The first ones fill caches that are meant to stay.
+        # The first ones fill caches that are meant to stay, and compile what valid ones need.
         await fuzz(host, port, num_requests=args.num_warmups, **options)
         before = memory_bytes(pid) if pid else {}
         start = time.perf_counter()
@@ -348,21 +349,26 @@ async def run(args: argparse.Namespace) -> int:
         await get_json(host, port, "/health")
         load = (await get_json(host, port, "/load"))["server_load"]
         counts = (await get_json(host, port, "/pool")).get("counts", {})
-    for kind, statuses in sorted(report.statuses.items()):
-        print(f"{kind:14}", *(f"{status}: {count}" for status, count in sorted(statuses.items())))
+    rows = [
+        (kind, " ".join(f"{status}:{count}" for status, count in sorted(statuses.items())))
+        for kind, statuses in sorted(report.statuses.items())
+    ]
+    common.print_table(["attack", "answers (0: the connection was closed)"], rows)
     for attack, reason in report.failures[:20]:
         print(f"FAILED {reason}: {attack.kind} {b''.join(attack.pieces)[:300]!r}")
     result = {
         "num_requests": args.num_requests,
         "seed": args.seed,
+        "num_warmups": args.num_warmups,
         "seconds": round(seconds, 1),
+        "answers": dict(rows),
         "failures": len(report.failures),
         "open_requests_after": load,
         "used_blocks_after": counts.get("used", 0) + counts.get("shared", 0),
         "memory_bytes": after,
         "memory_growth_bytes": {name: after[name] - before[name] for name in after},
     }
-    print(json.dumps(result))
+    common.finish(result, args.json)
     return 1 if report.failures or load or result["used_blocks_after"] else 0
 
 
@@ -374,6 +380,7 @@ def main() -> int:
     parser.add_argument("--num-warmups", type=int, default=5_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--concurrency", type=int, default=32)
+    common.add_output_argument(parser)
     parser.add_argument("server_options", nargs="*", help="options of jpaged serve, after --")
     return asyncio.run(run(parser.parse_args()))
 

@@ -200,7 +200,19 @@ KEYS = ("first-key", "second-key")
 @pytest.mark.parametrize("path", ["/", "/v1/models", "/metrics", "/docs", "/openapi.json", "/no"])
 @pytest.mark.parametrize(
     "header",
-    [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic first-key", "first-key", "Bearer é"],
+    [
+        *(
+            None,
+            "",
+            "Bearer",
+            "Bearer ",
+            "Bearer wrong",
+            "first-key",
+            "Bearer é",
+            "Digest first-key",
+        ),
+        *("Basic", "Basic first-key", "Basic Zmlyc3Qta2V5", "Basic Og==", "Basic /w==", "Basic é"),
+    ],
 )
 def test_wrong_key_is_401_everywhere(make_client, path, header):
     client = make_client(api_keys=KEYS)
@@ -208,7 +220,8 @@ def test_wrong_key_is_401_everywhere(make_client, path, header):
     answer = client.get(path, headers=headers)
     assert answer.status_code == 401
     assert answer.json()["error"]["code"] == "invalid_api_key"
-    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    challenge = answer.headers["WWW-Authenticate"]
+    assert challenge.startswith("Basic realm=") if path == "/" else challenge == "Bearer"
 
 
 def test_two_keys_at_once_are_none(make_client):
@@ -224,6 +237,12 @@ def test_any_right_key_opens(make_client, key):
         headers = {"Authorization": f"{scheme} {key}"}
         assert client.get("/v1/models", headers=headers).status_code == 200
         assert client.get("/no", headers=headers).status_code == 404
+
+
+def test_a_browser_may_send_a_key_as_password(make_client):
+    client = make_client(api_keys=KEYS)
+    assert client.get("/v1/models", auth=("anybody", KEYS[1])).status_code == 200
+    assert client.get("/v1/models", auth=(KEYS[1], "")).status_code == 401
 
 
 def test_health_needs_no_key(make_client):
