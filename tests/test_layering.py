@@ -25,9 +25,12 @@ HOST_MODULES = (
     "prefix_cache",
     "prompts",
     "request",
+    "request_reader",
     "sampling_params",
     "scheduler",
     "scheduler_output",
+    "sequence_end",
+    "token_outputs",
     "tokenizer",
 )
 DEVICE_PACKAGES = {"jax", "jaxlib", "flax"}

@@ -87,8 +87,8 @@ def run(client, loop):
                     stats = await client.stats()
             assert stats["scheduler"]["blocks"]["used"] == 0
             assert stats["scheduler"]["num_waiting"] == 0
-            assert [client._streams, client._running, client._calls] == [{}, {}, {}]
-            assert client._num_running_seqs == 0
+            assert [client._streams, client._requests.running, client._calls] == [{}, {}, {}]
+            assert client._requests.num_running_seqs == 0
 
         loop.run(limited())
 
@@ -250,7 +250,7 @@ def test_abort_ends_the_iterator_with_its_reason(run, beams):
         if beams:
             params = SamplingParams(temperature=0, use_beam_search=True, n=2, max_tokens=90)
         task = asyncio.create_task(_collect(client, "hello", params))
-        while not client._running:
+        while not client._requests.running:
             await asyncio.sleep(0)
         await client.abort("a")
         await client.abort("nobody")
@@ -270,7 +270,7 @@ def test_abort_while_a_long_prompt_is_read_is_not_lost(run):
             await task
         task = asyncio.create_task(_collect(client, {"prompt": "z" * 3000 + "🙂"}, LONG))
         await asyncio.sleep(0)
-        assert client._num_being_read == 1
+        assert client._requests.num_being_read == 1
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -282,7 +282,7 @@ def test_a_slow_reader_gets_all_in_few_outputs(run):
     async def test(client):
         outputs = client.generate("hello", LONG, "a")
         found = [await anext(outputs)]
-        while client._running:
+        while client._requests.running:
             await asyncio.sleep(0)
         found += [output async for output in outputs]
         assert len(found) == 2, "what came meanwhile is one output"
@@ -362,7 +362,7 @@ def test_too_much_is_refused(options, loop):
             running = [client.generate("hello", LONG, str(i)) for i in range(3)]
             tasks = [asyncio.create_task(anext(outputs)) for outputs in running]
             await asyncio.sleep(0)
-            assert len(client._running) == 2, "one that runs, and one to follow it at once"
+            assert len(client._requests.running) == 2, "one that runs, and one to follow it at once"
             assert client._queue.num_waiting == 1
             with pytest.raises(QueueFullError, match="max_num_queued_reqs=1"):
                 await _collect(client, "hello", LONG, "c")
@@ -382,7 +382,7 @@ def test_shutdown_lets_requests_finish_and_refuses_new_ones(options, loop):
     async def test():
         client = await EngineProcessClient.start(options)
         task = asyncio.create_task(_collect(client, "hello", LONG))
-        while not client._running:
+        while not client._requests.running:
             await asyncio.sleep(0)
         ending = asyncio.create_task(client.shutdown(TIMEOUT_S))
         await asyncio.sleep(0)
@@ -400,7 +400,7 @@ def test_shutdown_aborts_what_has_no_time_left(options, loop):
     async def test():
         client = await EngineProcessClient.start(options)
         task = asyncio.create_task(_collect(client, "hello", LONG))
-        while not client._running:
+        while not client._requests.running:
             await asyncio.sleep(0)
         await client.shutdown(0.0)
         assert (await task)[-1].outputs[0].finish_reason == "abort"
@@ -409,7 +409,7 @@ def test_shutdown_aborts_what_has_no_time_left(options, loop):
 
 
 def test_the_http_process_imports_no_jax():
-    code = "import sys, jpaged.serving.engine_client; print('jax' in sys.modules)"
+    code = "import sys, jpaged.serving.server; print('jax' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
@@ -420,5 +420,25 @@ def test_the_tokenizer_is_the_models_own(run):
     async def test(client):
         assert isinstance(client.tokenizer.backend, tokenizers.Tokenizer)
         assert client.info.vocab_size == 96
+
+    run(test)
+
+
+def test_one_client_with_many_requests_does_not_starve_another(run):
+    async def test(client):
+        ended = []
+
+        async def ask(key, number):
+            await _collect(client, "hello", SHORT, f"{key}{number}", fairness_key=key)
+            ended.append(key)
+
+        greedy = [asyncio.create_task(ask("greedy", i)) for i in range(60)]
+        while len(client._streams) < 60:
+            await asyncio.sleep(0)
+        modest = [asyncio.create_task(ask("modest", i)) for i in range(2)]
+        await asyncio.gather(*greedy, *modest)
+        # Before it: those that the engine had already, and one of the other's turns for each.
+        last = max(i for i, key in enumerate(ended) if key == "modest")
+        assert last < 30
 
     run(test)
