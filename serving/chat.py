@@ -48,7 +48,7 @@ class Chat:
     async def _prepare(self, request: Request, body: ChatCompletionRequest) -> ChatRun:
         service = self._service
         model = service.model_name(body.model)
-        plan = plan_tools(body, service.settings)
+        plan = plan_tools(body, service.settings, service.engine.tokenizer)
         num_top = _num_top(body)
         own = {"skip_special_tokens": False} if plan.keep_special_tokens else {}
         params = sampling_params(

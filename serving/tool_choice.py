@@ -14,7 +14,13 @@ from jpaged.serving.forced_calls import CallListStream, NamedCallStream
 from jpaged.serving.protocol_chat import ChatCompletionRequest, NamedToolChoice, Tool
 from jpaged.serving.sampling import Structure
 from jpaged.serving.settings import ServerSettings
-from jpaged.serving.tool_parsers import ToolStream, get_tool_parser, needs_special_tokens
+from jpaged.serving.tool_parsers import (
+    ToolStream,
+    forced_call,
+    get_tool_parser,
+    needs_special_tokens,
+)
+from jpaged.tokenizer import Tokenizer
 
 # With these what is declared may stand elsewhere.
 _COMBINED = {"anyOf", "oneOf", "allOf", "$ref", "if", "patternProperties", "dependentSchemas"}
@@ -45,8 +51,13 @@ class ToolPlan:
     call_id: Callable[[], str] = lambda: f"call_{secrets.token_hex(12)}"
 
 
-def plan_tools(body: ChatCompletionRequest, settings: ServerSettings) -> ToolPlan:
+def plan_tools(
+    body: ChatCompletionRequest, settings: ServerSettings, tokenizer: Tokenizer | None
+) -> ToolPlan:
     """The plan of a request.
+
+    Calls are forced in the form of the server's parser, which the model knows best; as plain JSON
+    if it has none.
 
     Raises:
         ApiError: The choice does not fit the tools, or the server has no parser.
@@ -70,35 +81,71 @@ def plan_tools(body: ChatCompletionRequest, settings: ServerSettings) -> ToolPla
         case None | "auto":
             return _automatic(body, body.tools, settings)
         case NamedToolChoice() as choice:
-            return _named(choice.function.name, body.tools, settings)
+            name = choice.function.name
+            if name not in names:
+                raise bad_request(
+                    f"tool_choice must name one of tools, got {name[:64]!r}", "tool_choice"
+                )
         case _:
-            return _required(body, body.tools, settings)
+            name = None
+    if settings.tool_call_parser is not None:
+        return _in_own_form(body, body.tools, name, settings, tokenizer)
+    if name is not None:
+        return _named(name, body.tools)
+    return _required(body, body.tools)
 
 
-def _required(
-    body: ChatCompletionRequest, tools: Sequence[Tool], settings: ServerSettings
+def _in_own_form(
+    body: ChatCompletionRequest,
+    tools: Sequence[Tool],
+    name: str | None,
+    settings: ServerSettings,
+    tokenizer: Tokenizer | None,
 ) -> ToolPlan:
+    """Forces calls, of one function if `name` is given, in the form that the parser reads."""
+    parser = settings.tool_call_parser
+    assert parser is not None, "checked by the caller"
+    only_one = name is not None or body.parallel_tool_calls is False
+    plain = [
+        {
+            "type": "function",
+            "function": {
+                "name": tool.function.name,
+                "parameters": _parameters(tool.function.parameters),
+            },
+        }
+        for tool in tools
+    ]
+    form = forced_call(parser, plain, tokenizer, function=name, parallel=not only_one)
+    return ToolPlan(
+        tools=tools,
+        structure={"grammar": form.grammar},
+        stream=get_tool_parser(parser).stream,
+        calls_end_answer=name is None,
+        only_one=only_one,
+        keep_special_tokens=needs_special_tokens(parser),
+        call_id=_make_id(settings),
+    )
+
+
+def _required(body: ChatCompletionRequest, tools: Sequence[Tool]) -> ToolPlan:
     only_one = body.parallel_tool_calls is False
     return ToolPlan(
         tools=tools,
         structure={"json": _call_list(tools, only_one), "disable_any_whitespace": True},
         stream=CallListStream,
         only_one=only_one,
-        call_id=_make_id(settings),
     )
 
 
-def _named(name: str, tools: Sequence[Tool], settings: ServerSettings) -> ToolPlan:
-    tool = next((tool for tool in tools if tool.function.name == name), None)
-    if tool is None:
-        raise bad_request(f"tool_choice must name one of tools, got {name[:64]!r}", "tool_choice")
+def _named(name: str, tools: Sequence[Tool]) -> ToolPlan:
+    (tool,) = [tool for tool in tools if tool.function.name == name]
     schema = _parameters(tool.function.parameters)
     return ToolPlan(
         tools=tools,
         structure={"json": schema, "disable_any_whitespace": True},
         stream=lambda: NamedCallStream(name),
         calls_end_answer=False,
-        call_id=_make_id(settings),
     )
 
 

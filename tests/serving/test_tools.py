@@ -141,6 +141,19 @@ def test_a_named_function_gets_its_arguments(client, engine):
     assert (call["name"], call["arguments"], reason) == ("ask", '{"text": "a"}', "stop")
 
 
+@pytest.mark.parametrize("choice", ["required", NAMED])
+def test_calls_are_forced_in_the_form_of_the_parser(auto, engine, choice):
+    engine.pieces = ['<tool_call>\n{"name": "ask", ', '"arguments": {"text": "a"}}\n</tool_call>']
+    found, reason = message(auto, tool_choice=choice)
+    assert pairs(found["tool_calls"]) == [("ask", {"text": "a"})]
+    assert reason == ("tool_calls" if choice == "required" else "stop")
+    grammar = engine.asked[0].params.structured_outputs.grammar
+    assert "ask" in grammar
+    assert ('\\"add\\"' in grammar) == (choice == "required")
+    _, (call,), _ = streamed(auto, tool_choice=choice)
+    assert (call["name"], json.loads(call["arguments"])) == ("ask", {"text": "a"})
+
+
 def test_answer_cut_short_by_length_says_so(client, engine):
     engine.pieces, engine.finish_reason = ['[{"name":"add","arguments":{"x"'], "length"
     found, reason = message(client, tool_choice="required")
