@@ -7,7 +7,7 @@ waiting.
 import itertools
 import logging
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from jpaged.errors import QueueFullError
 from jpaged.serving import messages
@@ -126,11 +126,19 @@ class Dispatcher:
         running, logprobs, ends = self.running, step.logprobs, step.ends
         tokens = zip(step.handles, step.seq_indices, step.token_ids, strict=True)
         for place, (handle, seq_index, token_id) in enumerate(tokens):
-            # Of one that was aborted or has failed tokens may still come.
-            if handle in running and self._tell(
-                handle, Mirror.take_token, seq_index, token_id, logprobs.get(place), ends.get(place)
-            ):
-                self._send(messages.EndSequence(handle, seq_index))
+            stream = running.get(handle)
+            if stream is None:
+                continue  # It was aborted or has failed; its last tokens still come.
+            assert stream.mirror is not None, "handed over before its prompt was read"
+            try:
+                is_cut = stream.mirror.take_token(
+                    seq_index, token_id, logprobs.get(place), ends.get(place)
+                )
+            except Exception as error:
+                self._fail(stream, error)
+            else:
+                if is_cut:
+                    self._send(messages.EndSequence(handle, seq_index))
         for handle, found in step.hypotheses.items():
             self._tell(handle, Mirror.take_hypotheses, found)
         for handle in dict.fromkeys([*step.handles, *step.hypotheses]):
@@ -177,16 +185,18 @@ class Dispatcher:
             self.num_running_seqs -= stream.num_seqs
             self._hand_over()
 
-    def _tell(self, handle: int, take: Callable[..., _Told], *values: Any) -> _Told | None:
-        """Gives what came to the request's mirror; a failure there is that request's alone."""
+    def _tell(self, handle: int, take: Callable[[Mirror, _Told], None], value: _Told) -> None:
+        """Gives what came to the request's mirror."""
         stream = self.running.get(handle)
-        if stream is None or stream.mirror is None:
-            return None
-        try:
-            return take(stream.mirror, *values)
-        except Exception as error:
-            logger.exception("the output of a request could not be made")
-            stream.fail(RuntimeError(f"the output could not be made: {error}"))
-            self._send(messages.Abort(handle))
-            self._take_out(stream)
-            return None
+        if stream is not None and stream.mirror is not None:
+            try:
+                take(stream.mirror, value)
+            except Exception as error:
+                self._fail(stream, error)
+
+    def _fail(self, stream: Stream, error: Exception) -> None:
+        """Ends a request whose text cannot be made; the others go on."""
+        logger.error("the output of a request could not be made", exc_info=error)
+        stream.fail(RuntimeError(f"the output could not be made: {error}"))
+        self._send(messages.Abort(stream.handle))
+        self._take_out(stream)

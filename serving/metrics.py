@@ -169,7 +169,9 @@ class Metrics:
             is_first = True
         else:
             is_first = False
-        num_told = sum(len(part.token_ids) for part in output.outputs)
+        num_told = 0
+        for part in output.outputs:
+            num_told += len(part.token_ids)
         is_delta = params.output_kind is RequestOutputKind.DELTA
         num_new = num_told if is_delta else num_told - seen.num_tokens
         seen.num_tokens += num_new
