@@ -78,7 +78,7 @@ class Completions:
             logprobs=body.logprobs,
             prompt_logprobs=_prompt_logprobs(body),
         )
-        prompts = await self._read_prompts(body)
+        prompts = await self._read_prompts(body, params.num_seqs)
         jobs = [
             Job(
                 service.reader.prompt(
@@ -108,14 +108,16 @@ class Completions:
         return _Run(body, answer_id, model, texts, generation, params.n, keeps_output)
 
     async def _read_prompts(
-        self, body: CompletionRequest
+        self, body: CompletionRequest, num_seqs: int
     ) -> list[tuple[str | None, Sequence[int]]]:
         given: Any = body.prompt
         prompts = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
         limit = self._service.settings.max_prompts
-        if len(prompts) > limit:
+        if len(prompts) * num_seqs > limit:
             raise bad_request(
-                f"prompt must be at most {limit} prompts here, got {len(prompts)}", "prompt"
+                f"prompt must be at most {limit // num_seqs} prompts here with n={num_seqs}, got "
+                f"{len(prompts)}",
+                "prompt",
             )
         special = body.add_special_tokens is not False
         read = self._service.reader.encode

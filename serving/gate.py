@@ -60,7 +60,7 @@ class Gate:
         except ClientDisconnectedError:
             status = CLIENT_CLOSED_STATUS
         except Exception as error:
-            logger.exception("%s %s failed", scope["method"], scope["path"])
+            logger.exception("%s %r failed", scope["method"], scope["path"])
             if not status:
                 await error_response(error)(scope, receive, send_on)
             status = 500

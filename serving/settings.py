@@ -46,7 +46,7 @@ class ServerSettings:
         max_body_bytes: Largest body of a request.
         body_timeout_s: Longest time that a request's head, and then its body, may take to come.
         write_timeout_s: Longest time that a client may take to read what was sent.
-        max_prompts: Most prompts in one completions request.
+        max_prompts: Most prompts in one completions request, each counted `n` times.
         max_n: Most continuations of one prompt.
         max_num_queued_reqs: Most requests that wait for the engine; None: no limit.
         max_num_queued_tokens: Most prompt tokens that wait; None: no limit.

@@ -97,7 +97,13 @@ def _add_limits(command: argparse.ArgumentParser) -> None:
     add("--max-num-queued-reqs", "requests that may wait (default: any)", type=int, metavar="N")
     add("--max-num-queued-tokens", "the same of prompt tokens", type=int, metavar="N")
     add("--max-n", "most continuations of a prompt", 128, type=int, metavar="N")
-    add("--max-prompts", "most prompts of a request", 1024, type=int, metavar="N")
+    add(
+        "--max-prompts",
+        "most prompts of a request, each counted n times",
+        1024,
+        type=int,
+        metavar="N",
+    )
     add("--max-body-bytes", "largest body of a request", 16777216, type=int, metavar="N")
     add(
         "--body-timeout",

@@ -260,8 +260,9 @@ def test_one_failed_prompt_ends_the_others(client, engine):
 
 def test_too_many_prompts_are_refused(make_client):
     client = make_client(max_prompts=2)
-    error = error_of(client.post(COMPLETIONS, json={"prompt": ["a", "b", "c"]}))
-    assert error["param"] == "prompt"
+    for fields in ({"prompt": ["a", "b", "c"]}, {"prompt": ["a", "b"], "n": 2}):
+        assert error_of(client.post(COMPLETIONS, json=fields))["param"] == "prompt"
+    assert client.post(COMPLETIONS, json={"prompt": ["a", "b"]}).status_code == 200
 
 
 def test_unknown_paths_and_methods(client):
