@@ -1,12 +1,14 @@
 """A picture of the block pool at one moment: every block's state, every live sequence's table.
 
-For people: the live view of `jpaged generate --watch`. O(blocks of the pool), so not for every
-step; the counters in `SchedulerStats` are.
+For people: the live view of `jpaged generate --watch`, and the server's page. O(blocks of the
+pool), so not for every step; the counters in `SchedulerStats` are.
 """
 
 import dataclasses
 import enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from jpaged.block_manager import BlockManager
@@ -58,6 +60,45 @@ class PoolView:
     fills: list[int]
     sequences: list[SequenceView]
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, small enough to be sent twice a second; JSON and msgpack can hold it.
+
+        Returns:
+            block_size: Tokens of a block.
+            num_blocks: Blocks of the pool; the first has index 0 here.
+            runs: Three numbers for each run of equal blocks: state (see `BlockState`), index of
+                the sequence that holds them or -1, how many they are.
+            partial: Two numbers for each used block that is not full: its index, tokens in it.
+            sequences: Of each one its request id, its place in the request, tokens, blocks.
+            counts: Blocks by state ("free", "cached", "used", "shared"; "used" are those of one
+                sequence), "saved" (blocks that sharing spares) and "wasted_slots" (places in
+                used blocks without a token).
+        """
+        states = np.array(self.states, np.int8)
+        owners, fills = np.array(self.owners, np.int32), np.array(self.fills, np.int32)
+        is_new = np.ones(len(states), bool)
+        is_new[1:] = (states[1:] != states[:-1]) | (owners[1:] != owners[:-1])
+        starts = np.flatnonzero(is_new)
+        lengths = np.diff(starts, append=len(states))
+        held = states >= BlockState.USED
+        partial = np.flatnonzero(held & (fills < self.block_size))
+        by_state = np.bincount(states, minlength=len(BlockState)).tolist()
+        counts = {state.name.lower(): by_state[state] for state in BlockState}
+        tables = sum(len(seq.block_ids) for seq in self.sequences)
+        counts["saved"] = tables - counts["used"] - counts["shared"]
+        counts["wasted_slots"] = int(held.sum()) * self.block_size - int(fills.sum())
+        return {
+            "block_size": self.block_size,
+            "num_blocks": len(states),
+            "runs": np.stack([states[starts], owners[starts], lengths], axis=1).ravel().tolist(),
+            "partial": np.stack([partial, fills[partial]], axis=1).ravel().tolist(),
+            "sequences": [
+                [seq.request_id, seq.seq_index, seq.num_tokens, len(seq.block_ids)]
+                for seq in self.sequences
+            ],
+            "counts": counts,
+        }
+
 
 def view_pool(manager: "BlockManager") -> PoolView:
     """What the block manager holds now."""
@@ -70,10 +111,14 @@ def view_pool(manager: "BlockManager") -> PoolView:
         sequences.append(
             SequenceView(seq.request.request_id, seq.seq_index, computed, tuple(seq.block_ids))
         )
-        for place, block_id in enumerate(seq.block_ids):
+        left = computed
+        for block_id in seq.block_ids:
             if owners[block_id] < 0:
                 owners[block_id] = index
-            fills[block_id] = max(fills[block_id], min(max(computed - place * size, 0), size))
+            fill = min(max(left, 0), size)
+            if fill > fills[block_id]:
+                fills[block_id] = fill
+            left -= size
     states = [_state(block.ref_count, block.block_hash) for block in pool.blocks]
     return PoolView(size, states[1:], owners[1:], fills[1:], sequences)
 

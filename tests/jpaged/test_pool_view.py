@@ -1,6 +1,7 @@
 """The picture of the pool, and how the terminal shows it."""
 
 import io
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -137,3 +138,48 @@ def test_it_draws_after_steps_and_stops(manager, monkeypatch):
         llm.on_step()
     assert llm.on_step is None
     assert "10 blocks of 4 tokens" in shown.getvalue()
+
+
+def expand(runs: list[int]) -> tuple[list[int], list[int]]:
+    """States and owners of every block."""
+    states, owners = [], []
+    for state, owner, count in zip(runs[::3], runs[1::3], runs[2::3], strict=True):
+        states += [state] * count
+        owners += [owner] * count
+    return states, owners
+
+
+def test_plain_data_tells_the_same(manager):
+    view = view_pool(manager)
+    data = json.loads(json.dumps(view.as_dict()))
+    assert (data["block_size"], data["num_blocks"]) == (BLOCK_SIZE, 10)
+    assert expand(data["runs"]) == (view.states, view.owners)
+    a, _, d = view.sequences
+    half, three = a.block_ids[1] - 1, d.block_ids[1] - 1
+    (first, fill), (second, other) = sorted([(half, 2), (three, 3)])
+    assert data["partial"] == [first, fill, second, other]
+    assert data["sequences"] == [["a", 0, 6, 2], ["b", 0, 6, 2], ["d", 0, 7, 2]]
+    stats = manager.stats()
+    assert data["counts"] == {
+        "free": 5,
+        "cached": 1,
+        "used": 2,
+        "shared": 2,
+        "saved": stats.saved,
+        "wasted_slots": stats.wasted_slots,
+    }
+
+
+def test_plain_data_of_an_empty_pool_is_one_run():
+    data = view_pool(BlockManager(100_001, 16)).as_dict()
+    assert data["runs"] == [BlockState.FREE, -1, 100_000]
+    assert (data["partial"], data["sequences"]) == ([], [])
+    assert data["counts"]["free"] == 100_000
+
+
+def test_plain_data_of_a_full_large_pool_stays_small():
+    manager = BlockManager(50_001, BLOCK_SIZE)
+    for index in range(100):
+        _sequence(manager, str(index), 2000 - 1)
+    text = json.dumps(view_pool(manager).as_dict())
+    assert len(text) < 10_000
