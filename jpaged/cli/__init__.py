@@ -44,8 +44,8 @@ def _run(args) -> int:
             from jpaged.cli import chat as command
         case "compile":
             from jpaged.cli import compile as command
-        case "serve":
-            from jpaged.cli import serve as command
+        case "bench":
+            from jpaged.cli import bench as command
         case _:
             from jpaged.cli import doctor as command
     return command.run(args)

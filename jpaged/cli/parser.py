@@ -9,7 +9,7 @@ import re
 import shutil
 
 import jpaged
-from jpaged.cli import structured
+from jpaged.cli import client_parser
 
 SAMPLING_PREFIX = "sampling_"
 ENGINE_PREFIX = "engine_"
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_compile(commands)
     _add_doctor(commands)
-    _add_serve(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -160,18 +160,17 @@ def _add_doctor(commands) -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _add_serve(commands) -> None:
+def _add_bench(commands) -> None:
+    # The name of the benchmark is a positional argument: `jpaged bench serve`.
     command = _add_command(
         commands,
-        "serve",
-        "Serve a model over HTTP, with OpenAI's API",
-        arguments=" [MODEL]",
-        epilog=serve_parser.SERVE_EXAMPLES,
+        "bench",
+        "Put load on a running server and measure how it answers",
+        arguments=" serve",
+        epilog=client_parser.BENCH_EXAMPLES,
     )
-    command.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
-    _add_model(command)
-    serve_parser.add_serve_arguments(command)
-    _add_engine(command)
+    command.add_argument("benchmark", choices=["serve"], help="what to measure: a server")
+    client_parser.add_bench_arguments(command)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
