@@ -1,5 +1,6 @@
 """A small server with OpenAI's API that answers as its prompts say, for tests of clients."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -21,16 +22,20 @@ class FakeOpenAI:
         bodies: The bodies of completions, as they came.
         headers: Their headers.
         base_url: Where it listens.
+        num_model_failures: How often it says that it is starting.
+        was_left: Set once a client leaves an answer that hangs.
     """
 
     model = "fake-model"
     max_model_len = 2048
+    answer_id = "chatcmpl-0123456789abcdef"
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.base_url = ""
         self.num_model_failures = 0
+        self.was_left = threading.Event()
         self.app = Starlette(
             routes=[
                 Route("/v1/models", self._models),
@@ -63,7 +68,7 @@ class FakeOpenAI:
 
     async def _events(self, body: dict[str, Any], prompt: Any, *, is_chat: bool):
         def event(**fields: Any) -> str:
-            return f"data: {json.dumps(fields)}\n\n"
+            return f"data: {json.dumps({'id': self.answer_id} | fields)}\n\n"
 
         def choice(text: str | None, finish_reason: str | None = None) -> str:
             part: dict[str, Any] = {"index": 0, "finish_reason": finish_reason}
@@ -78,6 +83,11 @@ class FakeOpenAI:
                 return
             if "CUT" in prompt and index == 1:
                 return
+            if "HANG" in prompt and index == 1:
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    self.was_left.set()
             yield ": keep-alive\n\n" + choice(f"w{index} ")
         yield choice(None, "length")
         if body.get("stream_options", {}).get("include_usage"):

@@ -77,7 +77,8 @@ def test_wheel_is_pure_and_typed(wheel):
 def test_wheel_holds_the_linked_folder_as_real_files(wheel, folder):
     expected = {
         f"jpaged/{folder}/{path.relative_to(ROOT / folder).as_posix()}"
-        for path in (ROOT / folder).rglob("*.py")
+        for pattern in ("*.py", "static/*")
+        for path in (ROOT / folder).rglob(pattern)
     }
     with zipfile.ZipFile(wheel) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
