@@ -19,6 +19,7 @@ from jpaged.serving.engine import EngineClient, EngineDeadError, QueueFullError
 from jpaged.serving.errors import ApiError, error_response
 from jpaged.serving.gate import Gate
 from jpaged.serving.openapi import components, operation
+from jpaged.serving.page import mount_page
 from jpaged.serving.protocol import CompletionRequest
 from jpaged.serving.protocol_chat import (
     ChatCompletionRequest,
@@ -55,6 +56,7 @@ def create_app(engine: EngineClient, settings: ServerSettings) -> FastAPI:
         redirect_slashes=False,
     )
     _add_routes(app, service)
+    mount_page(app, settings)
     _add_errors(app)
     _add_layers(app, service)
     app.openapi = lambda: _document(app)

@@ -140,9 +140,8 @@ class EngineServer:
 
     def _answer(self, what: str) -> dict:
         if what == "stats":
-            steps = {"counts": self._step_counts, "sum": self._num_step_tokens}
-            return dataclasses.asdict(self._engine.stats()) | {"step_tokens": steps}
-        return dataclasses.asdict(view_pool(self._engine.block_manager))
+            return dataclasses.asdict(self._engine.stats())
+        return view_pool(self._engine.block_manager).as_dict()
 
     def _step(self) -> messages.StepTokens | None:
         """Runs a step; what it brought, if anything."""

@@ -85,7 +85,7 @@ class InProcessEngine:
 
     async def pool_view(self) -> dict[str, Any]:
         """The block pool as plain data."""
-        return dataclasses.asdict(self._view())
+        return self._view().as_dict()
 
     async def shutdown(self, timeout_s: float = 0.0) -> None:
         """Refuses new requests, lets open ones go on for that long, then ends them."""

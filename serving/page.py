@@ -8,14 +8,15 @@ import hashlib
 import html
 import importlib.resources
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-if TYPE_CHECKING:
-    from jpaged.serving.settings import ServerSettings
+from jpaged.serving.settings import ServerSettings
+
+STATIC_PREFIX = "/static/"
 
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -37,7 +38,7 @@ _POLICY = "; ".join(
 )
 
 
-def mount_page(app: Any, settings: "ServerSettings") -> None:
+def mount_page(app: Any, settings: ServerSettings) -> None:
     """Adds the routes of the page to a Starlette or FastAPI application."""
     folder = importlib.resources.files("jpaged.serving") / "static"
     for file in folder.iterdir():
@@ -45,7 +46,7 @@ def mount_page(app: Any, settings: "ServerSettings") -> None:
         if suffix not in _TYPES:
             continue
         content = file.read_bytes()
-        path = f"/static/{file.name}"
+        path = STATIC_PREFIX + file.name
         if file.name == "index.html":
             root = html.escape(settings.root_path.rstrip("/"))
             content, path = content.replace(b"{{ROOT}}", root.encode()), "/"

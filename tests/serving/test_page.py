@@ -6,7 +6,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -20,6 +19,7 @@ from jpaged.pool_view import view_pool
 from jpaged.request import Request
 from jpaged.sampling_params import SamplingParams
 from jpaged.serving.page import mount_page
+from jpaged.serving.settings import ServerSettings
 
 STATIC = Path(__file__).parents[2] / "serving" / "static"
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
@@ -40,7 +40,7 @@ class FakeServer(FakeOpenAI):
         self.wants_key = False
         self.num_pool_calls = 0
         self.app.router.routes.append(Route("/pool", self._pool))
-        mount_page(self.app, SimpleNamespace(root_path=root_path))  # pyright: ignore[reportArgumentType]
+        mount_page(self.app, ServerSettings(root_path=root_path))
 
     def hold(self, request_id: str, num_tokens: int, *, shared: bool = False) -> None:
         """Gives a sequence its blocks; two sequences if they are to be shared."""
