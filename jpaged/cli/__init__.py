@@ -44,6 +44,10 @@ def _run(args) -> int:
             from jpaged.cli import chat as command
         case "compile":
             from jpaged.cli import compile as command
+        case "serve":
+            from jpaged.cli import serve as command
+        case "run-batch":
+            from jpaged.cli import run_batch as command
         case "bench":
             from jpaged.cli import bench as command
         case _:

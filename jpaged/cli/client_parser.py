@@ -3,6 +3,8 @@
 import argparse
 import math
 
+from jpaged.cli.serve_parser import SERVER_PREFIX
+
 BENCH_EXAMPLES = """\
 examples:
   jpaged bench serve --request-rate 4 --num-prompts 200
@@ -22,6 +24,65 @@ datasets:
 
   Prompts longer than told are cut by nobody: what the server counts is what
   the result shows. Exit code 1 if a request failed."""
+
+BATCH_EXAMPLES = """\
+an input line:
+  {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions",
+   "body": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}}
+its output line, as soon as it is finished, so in another order:
+  {"id": "batch_req_...", "custom_id": "a", "response": {"status_code": 200,
+   "request_id": "...", "body": {...}}, "error": null}
+
+A line that cannot be run yields {"response": null, "error": {...}}; the others
+run all the same, and the exit code is 1. After a crash run the same command
+again: it keeps what the output file has and runs the rest. To run all anew,
+remove the output file."""
+
+
+def add_batch_arguments(command: argparse.ArgumentParser) -> None:
+    """The arguments of `jpaged run-batch`; the engine's are added by the caller."""
+    add = command.add_argument
+    add(
+        "-i",
+        "--input-file",
+        required=True,
+        metavar="FILE",
+        help="requests as JSON lines in OpenAI's batch format; - is standard input",
+    )
+    add(
+        "-o",
+        "--output-file",
+        required=True,
+        metavar="FILE",
+        help="results as JSON lines; - is standard output",
+    )
+    group = command.add_argument_group("API")
+    group.add_argument(
+        "--served-model-name",
+        dest=SERVER_PREFIX + "served_model_names",
+        nargs="+",
+        metavar="NAME",
+        help="what requests may call the model (default: the model's name)",
+    )
+    group.add_argument(
+        "--chat-template",
+        dest=SERVER_PREFIX + "chat_template",
+        metavar="FILE",
+        help="a template instead of the model's own",
+    )
+    group.add_argument(
+        "--enable-auto-tool-choice",
+        dest=SERVER_PREFIX + "enable_auto_tool_choice",
+        action="store_const",
+        const=True,
+        help="the model may choose to call tools",
+    )
+    group.add_argument(
+        "--tool-call-parser",
+        dest=SERVER_PREFIX + "tool_call_parser",
+        metavar="NAME",
+        help="format in which the model writes calls",
+    )
 
 
 def add_bench_arguments(command: argparse.ArgumentParser) -> None:

@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_compile(commands)
     _add_doctor(commands)
     _add_bench(commands)
+    _add_run_batch(commands)
     return parser
 
 
@@ -171,6 +172,19 @@ def _add_bench(commands) -> None:
     )
     command.add_argument("benchmark", choices=["serve"], help="what to measure: a server")
     client_parser.add_bench_arguments(command)
+
+
+def _add_run_batch(commands) -> None:
+    command = _add_command(
+        commands,
+        "run-batch",
+        "Run a file of requests in OpenAI's batch format",
+        arguments=" -i FILE -o FILE",
+        epilog=client_parser.BATCH_EXAMPLES,
+    )
+    _add_model(command)
+    client_parser.add_batch_arguments(command)
+    _add_engine(command)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
