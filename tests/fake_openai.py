@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ class FakeOpenAI:
         headers: Their headers.
         base_url: Where it listens.
         num_model_failures: How often it says that it is starting.
+        may_interrupt: Set by a test that has asked for a Ctrl-C in the middle of an answer.
         was_left: Set once a client leaves an answer that hangs.
     """
 
@@ -36,6 +39,7 @@ class FakeOpenAI:
         self.base_url = ""
         self.num_model_failures = 0
         self.was_left = threading.Event()
+        self.may_interrupt = threading.Event()
         self.app = Starlette(
             routes=[
                 Route("/v1/models", self._models),
@@ -83,7 +87,10 @@ class FakeOpenAI:
                 return
             if "CUT" in prompt and index == 1:
                 return
-            if "HANG" in prompt and index == 1:
+            if "INTERRUPT" in prompt and index == 1:
+                await asyncio.to_thread(self.may_interrupt.wait)
+                os.kill(os.getpid(), signal.SIGINT)
+            if ("HANG" in prompt or "INTERRUPT" in prompt) and index == 1:
                 try:
                     await asyncio.Event().wait()
                 finally:

@@ -5,7 +5,7 @@ import contextlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from jpaged.cli import engine, prompts
 from jpaged.cli.parser import CHAT_MAX_TOKENS, CHAT_TEMPERATURE
@@ -20,8 +20,31 @@ _HELP = """\
 Ctrl-C cuts an answer short."""
 
 
+class Talk(Protocol):
+    """A conversation, wherever its answers come from."""
+
+    def reset(self) -> None:
+        """Forgets everything but the system message."""
+        ...
+
+    def answer(self, text: str) -> str:
+        """Shows the answer to `text` as it comes and remembers both; returns a summary line.
+
+        Raises:
+            ValueError: There is no answer, and `text` is not remembered.
+        """
+        ...
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs the command until the input ends and returns its exit code."""
+    if args.url is not None:
+        from jpaged.cli import remote_chat
+
+        return remote_chat.run(args)
+    for flag, value in (("--api-key", args.api_key), ("--model-name", args.model_name)):
+        if value is not None:
+            raise ValueError(f"{flag} needs --url")
     options = engine.sampling_options(
         args, max_tokens=CHAT_MAX_TOKENS, temperature=CHAT_TEMPERATURE
     )
@@ -29,24 +52,29 @@ def run(args: argparse.Namespace) -> int:
     with engine.make_llm(engine.LONE_REQUEST | engine.engine_options(args)) as llm:
         if not prompts.has_chat_template(llm):
             raise ValueError("chat needs a model with a chat template: use jpaged generate --raw")
-        conversation = Conversation(llm, params, args.system)
-        read_line = _line_reader()
-        if sys.stdin.isatty():
-            write_text("Type a message; /help lists the commands.\n")
-        while True:
-            try:
-                line = read_line().strip()
-            except KeyboardInterrupt:
-                write_text("\n(/exit or Ctrl-D leaves)\n")
-                continue
-            except EOFError:
-                return 0
-            if line == "/exit":
-                return 0
-            _handle(conversation, line, show_stats=args.stats)
+        talk(Conversation(llm, params, args.system), show_stats=args.stats)
+    return 0
 
 
-def _handle(conversation: "Conversation", line: str, *, show_stats: bool) -> None:
+def talk(conversation: Talk, *, show_stats: bool) -> None:
+    """Reads lines and shows answers until the input ends."""
+    read_line = _line_reader()
+    if sys.stdin.isatty():
+        write_text("Type a message; /help lists the commands.\n")
+    while True:
+        try:
+            line = read_line().strip()
+        except KeyboardInterrupt:
+            write_text("\n(/exit or Ctrl-D leaves)\n")
+            continue
+        except EOFError:
+            return
+        if line == "/exit":
+            return
+        _handle(conversation, line, show_stats=show_stats)
+
+
+def _handle(conversation: Talk, line: str, *, show_stats: bool) -> None:
     if line == "/reset":
         conversation.reset()
         print("jpaged: conversation forgotten", file=sys.stderr)
@@ -80,16 +108,11 @@ class Conversation:
         self.messages: list[dict[str, str]] = list(self._opening)
 
     def reset(self) -> None:
-        """Forgets everything but the system message."""
+        """See `Talk`."""
         self.messages = list(self._opening)
 
     def answer(self, text: str) -> str:
-        """Shows the answer to `text` as it comes and remembers both; returns a summary line.
-
-        Raises:
-            ValueError: The engine refuses the request, as when the conversation has become too
-                long; `text` is then not remembered.
-        """
+        """See `Talk`; the engine refuses a conversation that has become too long."""
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = prompts.from_messages(self._llm, messages)
         self._llm.validate_request(prompt, self._params)

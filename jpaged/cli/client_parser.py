@@ -39,6 +39,22 @@ again: it keeps what the output file has and runs the rest. To run all anew,
 remove the output file."""
 
 
+def add_chat_arguments(command: argparse.ArgumentParser) -> None:
+    """The arguments of `jpaged chat` that are about a server."""
+    group = command.add_argument_group("server")
+    group.add_argument(
+        "--url",
+        metavar="URL",
+        help="talk to a server with OpenAI's API there, as http://localhost:8000",
+    )
+    group.add_argument(
+        "--api-key", metavar="KEY", help="key of that server (default: $OPENAI_API_KEY)"
+    )
+    group.add_argument(
+        "--model-name", metavar="NAME", help="model to ask for (default: the server's first)"
+    )
+
+
 def add_batch_arguments(command: argparse.ArgumentParser) -> None:
     """The arguments of `jpaged run-batch`; the engine's are added by the caller."""
     add = command.add_argument

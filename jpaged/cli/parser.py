@@ -45,7 +45,11 @@ a prompts file:
 _CHAT_EXAMPLES = """\
 in the chat: /reset forgets the conversation, /help lists the commands, /exit
 or Ctrl-D leaves, Ctrl-C cuts an answer short. Piped input works too:
-  echo "Who are you?" | jpaged chat"""
+  echo "Who are you?" | jpaged chat
+
+With --url the answers come from a running server; options of the engine are
+then its own and cannot be given. A sampling option that is left out is the
+server's, except --max-tokens and --temperature."""
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -137,6 +141,7 @@ def _add_chat(commands) -> None:
     _add_model(command)
     command.add_argument("--system", metavar="TEXT", help="system message of the conversation")
     command.add_argument("--stats", action="store_true", help="statistics after each answer")
+    client_parser.add_chat_arguments(command)
     _add_sampling(command, max_tokens=CHAT_MAX_TOKENS, temperature=CHAT_TEMPERATURE, with_n=False)
     _add_engine(command)
 

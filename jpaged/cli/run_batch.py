@@ -28,9 +28,9 @@ def run(args: argparse.Namespace) -> int:
         from jpaged.serving.settings import ServerSettings
     except ModuleNotFoundError as error:
         raise ValueError(f"{_NEEDS} (there is no {error.name})") from None
-    settings = serve.server_options(args) | {"enable_request_id_headers": True}
+    settings = serve.server_options(args)
     settings.pop("api_keys", None)  # nobody comes from outside
-    server_settings = ServerSettings(**settings)
+    server_settings = ServerSettings(**settings, enable_request_id_headers=True)
     _check_files(args.input_file, args.output_file)
     lines = batch_files.read_lines(args.input_file)
     with batch_files.BatchOutput(args.output_file) as output:

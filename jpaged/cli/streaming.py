@@ -12,26 +12,56 @@ from typing import Any
 from jpaged.sampling_params import SamplingParams
 
 
-class Streamed:
-    """What one streamed request has produced so far, and when.
+class Timing:
+    """How many tokens a request has taken and given, and when.
 
     Attributes:
-        texts: The text of each continuation.
-        finish_reasons: Why each one ended; None while it goes on or where it was cut short.
         num_prompt_tokens: Tokens of the prompt.
         num_cached_tokens: How many of them came from the prefix cache.
         num_tokens: Tokens generated, all continuations together.
     """
 
-    def __init__(self, n: int) -> None:
-        self.texts = [""] * n
-        self.finish_reasons: list[str | None] = [None] * n
+    def __init__(self) -> None:
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
         self.num_tokens = 0
         self._start = time.perf_counter()
         self._first: float | None = None
+        self._tokens_at_first = 0
         self._last = self._start
+
+    def note(self) -> None:
+        """Notes that something has come just now; tokens of it are counted before."""
+        self._last = time.perf_counter()
+        if self._first is None and self.num_tokens:
+            self._first, self._tokens_at_first = self._last, self.num_tokens
+
+    def line(self, end: str) -> str:
+        """One line: time to the first token, tokens of the prompt, tokens a second, and the end."""
+        cached = f" ({self.num_cached_tokens} cached)" if self.num_cached_tokens else ""
+        parts = [f"{self.num_prompt_tokens} prompt tokens{cached}"]
+        if self._first is not None:
+            parts.append(f"first token after {self._first - self._start:.2f} s")
+        speed = ""
+        if self._first is not None and self._last > self._first:
+            after_first = self.num_tokens - self._tokens_at_first
+            speed = f" at {after_first / (self._last - self._first):.1f} tokens/s"
+        parts.append(f"{self.num_tokens} tokens{speed}")
+        return f"{', '.join(parts)}, ended by {end}"
+
+
+class Streamed(Timing):
+    """What one streamed request has produced so far, and when.
+
+    Attributes:
+        texts: The text of each continuation.
+        finish_reasons: Why each one ended; None while it goes on or where it was cut short.
+    """
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.texts = [""] * n
+        self.finish_reasons: list[str | None] = [None] * n
 
     def add(self, output: Any) -> list[str]:
         """Takes in an output that carries what is new; returns the new text of each part."""
@@ -43,24 +73,13 @@ class Streamed:
             self.num_tokens += len(completion.token_ids)
         self.num_prompt_tokens = len(output.prompt_token_ids)
         self.num_cached_tokens = output.num_cached_tokens
-        self._last = time.perf_counter()
-        if self._first is None and self.num_tokens:
-            self._first, self._tokens_at_first = self._last, self.num_tokens
+        self.note()
         return new
 
     def summary(self) -> str:
-        """One line: time to the first token, tokens of the prompt, tokens a second, and the end."""
-        cached = f" ({self.num_cached_tokens} cached)" if self.num_cached_tokens else ""
-        parts = [f"{self.num_prompt_tokens} prompt tokens{cached}"]
-        if self._first is not None:
-            parts.append(f"first token after {self._first - self._start:.2f} s")
-        speed = ""
-        if self._first is not None and self._last > self._first:
-            after_first = self.num_tokens - self._tokens_at_first
-            speed = f" at {after_first / (self._last - self._first):.1f} tokens/s"
-        parts.append(f"{self.num_tokens} tokens{speed}")
+        """The line, with every end that a continuation came to."""
         ends = [reason or "interrupted" for reason in self.finish_reasons]
-        return f"{', '.join(parts)}, ended by {'/'.join(dict.fromkeys(ends))}"
+        return self.line("/".join(dict.fromkeys(ends)))
 
 
 def stream(
