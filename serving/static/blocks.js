@@ -104,7 +104,7 @@ export class BlockCanvas {
     context.fillRect(x, y + side - high, side, high);
     if (state === SHARED) {
       context.strokeStyle = colours.text;
-      context.lineWidth = size > 5 ? 2 : 1;
+      context.lineWidth = size > 9 ? 2 : 1;
       const inset = context.lineWidth / 2;
       context.strokeRect(x + inset, y + inset, side - 2 * inset, side - 2 * inset);
       context.lineWidth = 1;
