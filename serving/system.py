@@ -1,5 +1,9 @@
 """Routes about the server itself: models, health, version, load, metrics, the block pool."""
 
+import asyncio
+import math
+import time
+
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -10,12 +14,18 @@ from jpaged.serving.errors import ApiError
 from jpaged.serving.responses import json_response
 from jpaged.serving.service import Service
 
+POOL_MAX_AGE_S = 0.2
+"""A look at a large pool holds the engine up; however many people watch, it is asked this often."""
+
 
 class System:
     """The handlers of these routes."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._looking = asyncio.Lock()
+        self._pool: bytes | memoryview = b""
+        self._seen_s = -math.inf
 
     async def models(self, request: Request) -> Response:
         """The model, by every name it may be called."""
@@ -50,9 +60,12 @@ class System:
         return Response(body, headers={"Content-Type": content_type})
 
     async def pool(self, request: Request) -> Response:
-        """What every block of the pool is used for."""
-        view = await self._service.engine.pool_view()
-        return json_response(view)
+        """What every block of the pool is used for; one look at it serves all who ask meanwhile."""
+        async with self._looking:
+            if time.monotonic() - self._seen_s > POOL_MAX_AGE_S:
+                self._pool = json_response(await self._service.engine.pool_view()).body
+                self._seen_s = time.monotonic()
+        return Response(self._pool, media_type="application/json")
 
     def _card(self, name: str) -> ModelCard:
         service = self._service

@@ -348,7 +348,7 @@ def test_the_pool_can_be_seen(run):
         view = await client.pool_view()
         await outputs.aclose()
         assert view["block_size"] == 8
-        assert [sequence["request_id"] for sequence in view["sequences"]] == ["mine"]
+        assert [sequence[0] for sequence in view["sequences"]] == ["mine"]
 
     run(test)
 
