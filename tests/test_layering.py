@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CLI = "jpaged/cli"
-LAYERS = ("pallas_kernels", "models", "jpaged", "serving", CLI)
+LAYERS = ("pallas_kernels", "models", "jpaged", "serving")
 LINKED = {"pallas_kernels", "models", "serving"}
 
 # The host side of the engine: deterministic, and testable without a device.
@@ -40,11 +39,7 @@ DEVICE_PACKAGES = {"jax", "jaxlib", "flax"}
 def python_files(folder: str) -> list[Path]:
     # Of the real folders only: jpaged/models and so on are links to them.
     files = sorted((ROOT / folder).rglob("*.py"))
-    files = [file for file in files if not LINKED & set(file.relative_to(ROOT / folder).parts)]
-    if folder == "jpaged":  # `python -m jpaged` is the command line, too
-        cli = ROOT / CLI
-        files = [f for f in files if cli not in f.parents and f.name != "__main__.py"]
-    return files
+    return [file for file in files if not LINKED & set(file.relative_to(ROOT / folder).parts)]
 
 
 def imported_names(source: str) -> Iterator[str]:
@@ -63,8 +58,6 @@ def layer_of(module: str) -> str | None:
     parts = module.split(".")
     if parts[0] != "jpaged":
         return None
-    if parts[1:2] == ["cli"]:
-        return CLI
     return parts[1] if len(parts) > 1 and parts[1] in LINKED else "jpaged"
 
 
@@ -108,8 +101,6 @@ def test_folder_imports_only_downwards(folder):
         ("jpaged", "import jpaged.serving.app", "upward import"),
         ("jpaged", "from models import llama", "must be imported as"),
         ("jpaged", "from . import config", "relative import"),
-        ("jpaged", "from jpaged.cli import batch", "upward import"),
-        ("serving", "from jpaged import cli", "upward import"),
         ("serving", "import jax.numpy as jnp", "must not touch devices"),
     ],
 )
@@ -123,7 +114,6 @@ def test_a_violation_is_found(folder, source, expected):
         ("models", "from jpaged.pallas_kernels import paged_attention"),
         ("jpaged", "from jpaged.models.loader import load_model"),
         ("serving", "import jpaged\nfrom jpaged.async_engine import AsyncLLM"),
-        (CLI, "from jpaged.serving import server\nimport jpaged.doctor"),
     ],
 )
 def test_downward_imports_are_allowed(folder, source):
