@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from all_metrics import metric_names
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -152,3 +153,10 @@ def test_dashboard_expression_is_whole(expression):
     for opening, closing in ("()", "{}", "[]"):
         assert expression.count(opening) == expression.count(closing)
     assert expression.count('model_name=~"$model"') == len(re.findall(r"jpaged:", expression))
+
+
+def test_dashboard_asks_for_metrics_that_exist():
+    asked = {name for e in expressions() for name in re.findall(r"jpaged:(\w+)", e)}
+    told = metric_names()
+    forms = told | {name + suffix for name in told for suffix in ("_total", "_bucket")}
+    assert asked - forms == set()
