@@ -81,12 +81,6 @@ def summarize(
     good = [answer for answer in answers if answer.error is None]
     num_input = sum(answer.prompt_tokens for answer in good)
     num_output = sum(answer.output_tokens for answer in good)
-    samples = {
-        "ttft": [answer.ttft_s for answer in good],
-        "tpot": [answer.tpot_s for answer in good if answer.output_tokens > 1],
-        "itl": [gap for answer in good for gap in answer.itls_s],
-        "e2el": [answer.latency_s for answer in good],
-    }
     late = [answer.late_s for answer in answers]
     num_met = sum(_meets(answer, goodput or {}) for answer in good)
     return Summary(
@@ -102,8 +96,20 @@ def summarize(
         max_output_tokens_per_s=_most_pieces_in_a_second(good),
         max_concurrent_requests=_most_open(answers),
         p99_late_ms=1000 * float(np.percentile(late, 99)) if late else 0.0,
-        latencies={name: _distribution(values, percentiles) for name, values in samples.items()},
+        latencies={
+            name: _distribution(values, percentiles) for name, values in _samples(good).items()
+        },
     )
+
+
+def _samples(good: Sequence[Answer]) -> dict[str, list[float]]:
+    """Seconds by metric."""
+    return {
+        "ttft": [answer.ttft_s for answer in good],
+        "tpot": [answer.tpot_s for answer in good if answer.output_tokens > 1],
+        "itl": [gap for answer in good for gap in answer.itls_s],
+        "e2el": [answer.latency_s for answer in good],
+    }
 
 
 def _distribution(seconds: Sequence[float], percentiles: Sequence[float]) -> Distribution:

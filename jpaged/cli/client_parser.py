@@ -72,6 +72,10 @@ def add_batch_arguments(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="results as JSON lines; - is standard output",
     )
+    _add_batch_api(command)
+
+
+def _add_batch_api(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("API")
     group.add_argument(
         "--served-model-name",
@@ -152,6 +156,23 @@ def _add_dataset(command: argparse.ArgumentParser) -> None:
     )
     add("--dataset-path", metavar="FILE", help="file of the other datasets than random")
     add("--num-prompts", type=int, default=1000, metavar="N", help="requests (default: 1000)")
+    _add_random(add)
+    add("--custom-output-len", type=int, default=256, metavar="N", help="(default: 256)")
+    add(
+        "--sharegpt-output-len",
+        type=int,
+        metavar="N",
+        help="instead of the length of the recorded answer",
+    )
+    add(
+        "--tokenizer",
+        metavar="MODEL",
+        help="counts tokens of ShareGPT (default: the server's /tokenize)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of everything drawn (default: 0)")
+
+
+def _add_random(add) -> None:
     add("--random-input-len", type=int, default=1024, metavar="N", help="(default: 1024)")
     add("--random-output-len", type=int, default=128, metavar="N", help="(default: 128)")
     add(
@@ -168,18 +189,6 @@ def _add_dataset(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens before that, the same in all prompts (default: 0)",
     )
-    add("--custom-output-len", type=int, default=256, metavar="N", help="(default: 256)")
-    add(
-        "--sharegpt-output-len",
-        type=int,
-        metavar="N",
-        help="instead of the length of the recorded answer",
-    )
-    add(
-        "--tokenizer",
-        metavar="MODEL",
-        help="counts tokens of ShareGPT (default: the server's /tokenize)",
-    )
     add(
         "--prompt-token-ids",
         action="store_true",
@@ -192,7 +201,6 @@ def _add_dataset(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="those ids are below it (default: 30000)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of everything drawn (default: 0)")
 
 
 def _add_load(command: argparse.ArgumentParser) -> None:
