@@ -1,7 +1,7 @@
 """The page at `/`: a chat, and a live picture of the block pool; plain files, nothing from outside.
 
-The files themselves are open to everyone, a browser cannot send a key to load them. What they show
-comes from `/v1/models`, `/v1/chat/completions` and `/pool`, which want the key.
+What it shows comes from `/v1/models`, `/v1/chat/completions` and `/pool`. A server with keys wants
+one for the files, too: a browser asks a person for it, and sends it with all that the page loads.
 """
 
 import hashlib
@@ -15,8 +15,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from jpaged.serving.settings import ServerSettings
-
-STATIC_PREFIX = "/static/"
 
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -46,7 +44,7 @@ def mount_page(app: Any, settings: ServerSettings) -> None:
         if suffix not in _TYPES:
             continue
         content = file.read_bytes()
-        path = STATIC_PREFIX + file.name
+        path = f"/static/{file.name}"
         if file.name == "index.html":
             root = html.escape(settings.root_path.rstrip("/"))
             content, path = content.replace(b"{{ROOT}}", root.encode()), "/"

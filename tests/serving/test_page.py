@@ -18,6 +18,7 @@ from jpaged.block_manager import BlockManager
 from jpaged.pool_view import view_pool
 from jpaged.request import Request
 from jpaged.sampling_params import SamplingParams
+from jpaged.serving.app import create_app
 from jpaged.serving.page import mount_page
 from jpaged.serving.settings import ServerSettings
 
@@ -347,6 +348,20 @@ def test_key_is_asked_for_and_kept_in_the_tab(open_page, server):
     assert page.evaluate("() => [localStorage.length, document.cookie]") == [0, ""]
     assert all("401" in fault for fault in open_page.faults)
     open_page.faults.clear()
+
+
+@needs_browser
+def test_key_that_the_browser_asked_for_is_enough(browser, engine):
+    settings = ServerSettings(api_keys=(KEY,))
+    with listening(create_app(engine, settings)) as url:
+        assert httpx2.get(url).headers["www-authenticate"].startswith("Basic ")
+        context = browser.new_context(http_credentials={"username": "me", "password": KEY})
+        page = context.new_page()
+        page.goto(url)
+        expect(page.locator("#model")).to_have_value("tiny")
+        say(page, "hi")
+        expect(page.locator(".turn.assistant .said")).to_have_text("Hello wörld!")
+        context.close()
 
 
 @needs_browser
