@@ -215,6 +215,16 @@ class Engine:
         assert isinstance(params.structured_outputs, StructuredOutputsParams), "normalised"
         return self._grammars.compile(params.structured_outputs)
 
+    def prepare_structured_outputs(self) -> None:
+        """Does now what the first request with structured output would have all others wait for.
+
+        Raises:
+            ValueError: Structured output does not work here; the text says why.
+        """
+        if self._grammars is None:
+            raise ValueError("structured_outputs needs a tokenizer, and this model has none")
+        self._grammars.prepare()
+
     def _encode_bare(self, text: str) -> list[int]:
         assert self.tokenizer is not None, "checked by the caller"
         return self.tokenizer.encode(text, add_special_tokens=False)

@@ -8,6 +8,7 @@ of each mask; whatever goes wrong is one line that names the cause.
 import collections
 import concurrent.futures
 import importlib.util
+import re
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,11 @@ MAX_CACHED_GRAMMARS = 256
 MAX_CACHED_CHARS = 16 << 20
 """Of the specifications of cached grammars, all together."""
 
+MAX_GBNF_CHARS = 1 << 17
+"""Of a grammar that is converted to Lark's syntax first, which is done in Python."""
+
+_EMPTY_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
+_COMMENT_LINES = re.compile(r"(?m)^[ \t]*#.*\n")
 # Compilations at once: more would take the engine's thread its processors.
 _NUM_COMPILATIONS = 2
 _MAX_MESSAGE_CHARS = 400
@@ -178,6 +184,14 @@ class GrammarCompiler:
         """Grammars in the cache."""
         return len(self._cache)
 
+    def prepare(self) -> None:
+        """Does at once what holds up every thread when the first specification is compiled.
+
+        Raises:
+            ValueError: As `compile`.
+        """
+        self._get_backend()
+
     def compile(self, params: StructuredOutputsParams) -> Grammar:
         """The grammar of a specification; takes up to seconds the first time.
 
@@ -297,7 +311,6 @@ def _compute_mask(matcher: Any, mask: NDArray[np.int32]) -> None:
 def _grammar_text(params: StructuredOutputsParams) -> str:
     """A specification in the package's own form."""
     from llguidance import LLMatcher
-    from llguidance.gbnf_to_lark import any_to_lark
 
     if params.regex is not None:
         return LLMatcher.grammar_from_regex(params.regex)
@@ -306,10 +319,7 @@ def _grammar_text(params: StructuredOutputsParams) -> str:
         strings = " | ".join(map(lark_string, params.choice))
         return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {strings}")
     if params.grammar is not None:
-        try:
-            return LLMatcher.grammar_from_lark(any_to_lark(params.grammar))
-        except Exception as error:  # the converter raises bare Exception
-            raise ValueError(str(error)) from error
+        return LLMatcher.grammar_from_lark(_lark_text(params.grammar))
     options: Any = {"lenient": False}
     if params.disable_any_whitespace:
         options["whitespace_flexible"] = False
@@ -320,6 +330,25 @@ def _grammar_text(params: StructuredOutputsParams) -> str:
     if schema in ("true", "false"):  # which the package takes within another only
         schema = f'{{"allOf": [{schema}]}}'
     return LLMatcher.grammar_from_json_schema(schema, overrides=options)
+
+
+def _lark_text(grammar: str) -> str:
+    """A grammar in Lark's syntax, given in that or as GBNF."""
+    from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
+
+    # The package's test of syntax takes a time quadratic in the empty lines that follow each other.
+    grammar = _EMPTY_LINES.sub("\n", grammar)
+    if is_lark_syntax(grammar):
+        return grammar
+    if len(grammar) > MAX_GBNF_CHARS:
+        raise ValueError(
+            f"GBNF must have at most {MAX_GBNF_CHARS} characters (Lark's syntax more), got "
+            f"{len(grammar)}"
+        )
+    try:
+        return gbnf_to_lark(_COMMENT_LINES.sub("", grammar))
+    except Exception as error:  # the converter raises bare Exception
+        raise ValueError(str(error)) from error
 
 
 def _one_line(text: str) -> str:
