@@ -284,7 +284,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=150, help="different requests")
     parser.add_argument("--model", help="default: the embedded one")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the results here")
+    common.add_output_argument(parser)
     args = parser.parse_args()
     cases = make_cases(args.cases, random.Random(args.seed))
     expected = offline(args.model, cases)
@@ -312,8 +312,7 @@ def main() -> int:
     common.print_table(("what", "value"), rows)
     for entry in soak.wrong[:10]:
         print(entry)
-    if args.json:
-        args.json.write_text(json.dumps(common.environment() | result, indent=1) + "\n")
+    common.write(result, args.json)
     is_clean = not soak.wrong and not result["after"]["blocks_used"] and not result["exit_code"]
     return 0 if is_clean else 1
 
