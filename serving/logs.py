@@ -27,6 +27,7 @@ READY = logging.CRITICAL + 10
 logging.addLevelName(READY, "READY")
 
 _MAX_WAITING = 10_000
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160))}
 _TRACE = 5
 """uvicorn's level below DEBUG."""
 
@@ -57,7 +58,8 @@ class _Waiting(logging.handlers.QueueHandler):
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         record.request_id = request_id.get()
-        record.message = record.getMessage()  # its arguments may change, or be large
+        # Now: its arguments may change. A message is a line, whatever a client has put in it.
+        record.message = record.getMessage().translate(_ESCAPES)
         record.msg, record.args = record.message, None
         return record
 

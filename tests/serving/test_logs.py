@@ -50,6 +50,15 @@ def test_a_line_of_text_ends_with_its_request_unless_it_names_it():
     assert second.endswith("INFO     a: r1 done")
 
 
+def test_nobody_can_write_lines_of_their_own():
+    done = _run(
+        "with logs.logging_to_stderr():\n"
+        "    logging.getLogger('a').info('GET %s', '/\\n2026 INFO all is well\\x1b[2J')\n"
+    )
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith("GET /\\x0a2026 INFO all is well\\x1b[2J\n")
+
+
 def test_an_exception_is_told_with_its_traceback():
     done = _run(
         "with logs.logging_to_stderr('error', 'json'):\n"
