@@ -61,16 +61,17 @@ async def _ids(client, request_id):
 def test_a_killed_engine_ends_everything(model, temporary, number):
     async def test():
         client = await EngineProcessClient.start(tiny_text_model.options(model))
-        open_ones = [client.generate("hello", LONG, str(i)) for i in range(3)]
-        for outputs in open_ones:
-            await anext(outputs)
         pid = client.engine_pid
+        os.kill(pid, signal.SIGSTOP)  # or it might be done before it is killed
+        open_ones = [asyncio.create_task(_ids(client, str(i))) for i in range(3)]
+        while len(client._streams) < 3:
+            await asyncio.sleep(0)
         os.kill(pid, number)
+        os.kill(pid, signal.SIGCONT)
         message = rf"ended by signal {int(number)}"
-        for outputs in open_ones:
+        for task in open_ones:
             with pytest.raises(EngineDeadError, match=message):
-                async for _ in outputs:
-                    pass
+                await task
         assert message in await client.wait_dead()
         for call in (client.check_health(), client.stats(), _ids(client, "x")):
             with pytest.raises(EngineDeadError, match=message):
