@@ -11,7 +11,7 @@ import importlib.util
 import re
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,13 +26,15 @@ MAX_CACHED_GRAMMARS = 256
 MAX_CACHED_CHARS = 16 << 20
 """Of the specifications of cached grammars, all together."""
 
-MAX_GBNF_CHARS = 1 << 17
-"""Of a grammar that is converted to Lark's syntax first, which is done in Python."""
-
 _EMPTY_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
 _COMMENT_LINES = re.compile(r"(?m)^[ \t]*#.*\n")
+# Of address space: memory is taken only as deep as the stack grows. A level of references takes 13
+# KB, and the longest JSON schema has room for 30,000.
+_STACK_BYTES = 512 << 20
+_stack_size_lock = threading.Lock()
+MAX_COMPILATION_S = 10.0
 # Compilations at once: more would take the engine's thread its processors.
-_NUM_COMPILATIONS = 2
+_slots = threading.BoundedSemaphore(4)
 _MAX_MESSAGE_CHARS = 400
 # By default a token takes up to half a second where a grammar has ever more meanings for a text
 # (`s: s s | "a"`, 269 tokens), and a lexer up to 100 MB; so some 30 ms and 20 MB. Objects of 200
@@ -41,6 +43,7 @@ _LIMITS: dict[str, Any] = {
     "max_items_in_row": 1000,
     "step_max_items": 3000,
     "max_lexer_states": 50_000,
+    "precompute_large_lexemes": False,
     "verbose_errors": False,
 }
 # The one limit that the matchers of a grammar share.
@@ -70,19 +73,26 @@ class Grammar:
         """
         self._tokenizer = tokenizer
         self._text = text
+        self._width = width
         start = time.perf_counter()
-        self._prototype = self._compile()
+        self._prototype = self._compile(MAX_COMPILATION_S)
         self._compile_s = time.perf_counter() - start
-        # What the first mask costs is paid here, and a limit that it meets is told now.
-        _compute_mask(self._prototype, np.zeros(width, np.int32))
         if self._prototype.is_error():
             raise ValueError(_one_line(self._prototype.get_error()))
 
-    def _compile(self) -> Any:
+    def _compile(self, slot_wait_s: float) -> Any:
         import llguidance
 
         limits = llguidance.LLParserLimits(**_LIMITS)
-        return llguidance.LLMatcher(self._tokenizer, self._text, log_level=0, limits=limits)
+        width = self._width
+
+        def compile_it() -> Any:
+            matcher = llguidance.LLMatcher(self._tokenizer, self._text, log_level=0, limits=limits)
+            # What the first mask costs is paid here, and a limit that it meets is told now.
+            _compute_mask(matcher, np.zeros(width, np.int32))
+            return matcher
+
+        return _run_apart(compile_it, slot_wait_s)
 
     def start(self) -> Any:
         """A matcher of the package that has seen no token."""
@@ -97,7 +107,10 @@ class Grammar:
         """
         if _SHARED_LIMIT not in failed.get_error() or self._compile_s > _MAX_RENEWAL_S:
             return failed
-        self._prototype = self._compile()
+        try:
+            self._prototype = self._compile(slot_wait_s=0.0)
+        except ValueError:
+            return failed  # Others are being compiled, and the engine cannot wait for them.
         matcher = self.start()
         matcher.consume_tokens(list(token_ids))
         return matcher
@@ -169,7 +182,6 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
         self._lock = threading.Lock()
-        self._slots = threading.BoundedSemaphore(_NUM_COMPILATIONS)
         self._backend: Any = None
         self._executor: Any = None
         self._added_ids = set(tokenizer.backend.get_added_tokens_decoder())
@@ -208,8 +220,7 @@ class GrammarCompiler:
                 self._evict()
         if found is future:
             try:
-                with self._slots:
-                    future.set_result(self._compile(params))
+                future.set_result(self._compile(params))
             except BaseException as error:
                 future.set_exception(error)
                 with self._lock:
@@ -304,6 +315,42 @@ class GrammarCompiler:
         self._num_cached_chars -= params.num_chars
 
 
+def _run_apart(function: Callable[[], Any], slot_wait_s: float) -> Any:
+    """What a function returns; it runs in a thread of its own with a large stack.
+
+    The package follows rules and references by recursion, and a stack that overflows ends the
+    process: one of 8 MB under a chain of 3,000. Nor do its limits bound everything: the
+    intersection of many patterns takes it a time that doubles with each. Nothing can end such a
+    compilation, but nobody waits for it any longer, and it keeps its slot.
+
+    Raises:
+        ValueError: It takes too long, or those before it do.
+    """
+    result: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    if not _slots.acquire(timeout=slot_wait_s):
+        raise ValueError("too many others are being compiled; try again later")
+
+    def run() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
+        finally:
+            _slots.release()
+
+    thread = threading.Thread(target=run, name="jpaged-grammar", daemon=True)
+    with _stack_size_lock:
+        size = threading.stack_size(_STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(size)
+    try:
+        return result.result(MAX_COMPILATION_S)
+    except TimeoutError:
+        raise ValueError(f"compiling it takes more than {MAX_COMPILATION_S:g} s") from None
+
+
 def _compute_mask(matcher: Any, mask: NDArray[np.int32]) -> None:
     matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
 
@@ -340,11 +387,6 @@ def _lark_text(grammar: str) -> str:
     grammar = _EMPTY_LINES.sub("\n", grammar)
     if is_lark_syntax(grammar):
         return grammar
-    if len(grammar) > MAX_GBNF_CHARS:
-        raise ValueError(
-            f"GBNF must have at most {MAX_GBNF_CHARS} characters (Lark's syntax more), got "
-            f"{len(grammar)}"
-        )
     try:
         return gbnf_to_lark(_COMMENT_LINES.sub("", grammar))
     except Exception as error:  # the converter raises bare Exception
@@ -352,5 +394,5 @@ def _lark_text(grammar: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    text = " ".join(text.replace("<non-verbose/>", "").split())
+    text = " ".join(text.replace("<non-verbose/>", "").partition("<backtrace>")[0].split())
     return text if len(text) <= _MAX_MESSAGE_CHARS else text[:_MAX_MESSAGE_CHARS] + "…"

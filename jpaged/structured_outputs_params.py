@@ -5,11 +5,12 @@ Whether a schema or grammar is valid is found out when it is compiled (`structur
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
-MAX_SPEC_CHARS = 1 << 20
-"""The longest schema, regular expression, grammar or list of choices, in characters."""
+MAX_CHARS = {"json": 1 << 18, "regex": 1 << 13, "choice": 1 << 20, "grammar": 1 << 16}
+"""The longest specifications, in characters: they come from strangers, and within these a hostile
+one takes seconds to compile."""
 
 _FORMS = ("json", "regex", "choice", "grammar", "json_object")
 
@@ -63,9 +64,10 @@ class StructuredOutputsParams:
         for name in ("regex", "grammar", "whitespace_pattern"):
             _check_text(name, getattr(self, name))
         self._check_whitespace(given[0])
-        if self.num_chars > MAX_SPEC_CHARS:
+        limit = MAX_CHARS.get(given[0])
+        if limit is not None and self.num_chars > limit:
             raise ValueError(
-                f"{given[0]} must have at most {MAX_SPEC_CHARS} characters, got {self.num_chars}"
+                f"{given[0]} must have at most {limit} characters, got {self.num_chars}"
             )
 
     @classmethod
@@ -124,8 +126,8 @@ def _schema_text(schema: object) -> str:
     """A schema as JSON text, with its keys in the order given."""
     try:
         if isinstance(schema, str):
-            if len(schema) > MAX_SPEC_CHARS:
-                raise ValueError(f"it has {len(schema)} characters, more than {MAX_SPEC_CHARS}")
+            if len(schema) > 4 * MAX_CHARS["json"]:  # before it is read; spaces do not count
+                raise ValueError(f"it has {len(schema)} characters")
             schema = json.loads(schema)
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except RecursionError:
@@ -135,7 +137,28 @@ def _schema_text(schema: object) -> str:
     if not isinstance(schema, (Mapping, bool)):
         raise ValueError(f"json must be a JSON schema, an object or a boolean, got {text[:80]}")
     _check_text("json", text)
+    for pattern in _patterns(schema):
+        if len(pattern) > MAX_CHARS["regex"]:
+            raise ValueError(
+                f"json must have patterns of at most {MAX_CHARS['regex']} characters, got one of "
+                f"{len(pattern)}"
+            )
     return text
+
+
+def _patterns(schema: object) -> Iterator[str]:
+    """All regular expressions in a schema."""
+    left = [schema]
+    while left:
+        found = left.pop()
+        if isinstance(found, Mapping):
+            left.extend(found.values())
+            if isinstance(pattern := found.get("pattern"), str):
+                yield pattern
+            if isinstance(properties := found.get("patternProperties"), Mapping):
+                yield from properties
+        elif isinstance(found, (list, tuple)):
+            left.extend(found)
 
 
 def _checked_choice(choice: object) -> tuple[str, ...]:

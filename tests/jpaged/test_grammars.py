@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import threading
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,13 @@ _COMPILERS = {
     kind: GrammarCompiler(tokenizer, VOCAB_SIZE, [EOS, END_OF_TURN])
     for kind, tokenizer in _TOKENIZERS.items()
 }
+
+
+def _nested(name):
+    schema = {"$ref": f"#/$defs/{name}"}
+    for _ in range(10):
+        schema = {"type": "array", "items": schema}
+    return schema
 
 
 def _compile(kind="byte_level", **fields):
@@ -239,10 +247,50 @@ def test_a_grammar_beyond_a_limit_is_refused_by_the_limits_name(limit, match, mo
         _compile(json={"type": "object", "properties": properties})
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"grammar": "start: r0\n" + "".join(f"r{i}:r{i + 1}\n" for i in range(4500)) + 'r4500:"b"'},
+        {
+            "json": {
+                "$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(5000)},
+                "$ref": "#/$defs/d0",
+            }
+        },
+        {"json": {"$defs": {f"d{i}": _nested(f"d{i + 1}") for i in range(700)}, **_nested("d0")}},
+    ],
+)
+def test_deep_recursion_does_not_end_the_process(fields):
+    """It did: stacks of the usual size overflow at a depth of 3,000."""
+    fields = dict(fields)
+    if "$defs" in fields.get("json", {}):
+        fields["json"]["$defs"][f"d{len(fields['json']['$defs'])}"] = {"type": "null"}
+    matcher = GrammarMatcher(_compile(**fields))
+    for _ in range(20):
+        matcher.advance(min(_allowed(matcher)))
+        if matcher.is_complete:
+            break
+    assert matcher.error is None
+
+
 def test_an_expansive_regex_is_bounded():
     _compile(regex="(a{1,1000}){1,1000}")
     with pytest.raises(ValueError, match=r"structured_outputs.regex cannot be used"):
-        _compile(regex="(" * 5000 + "a" + ")" * 5000)
+        _compile(regex="(" * 4000 + "a" + ")" * 4000)
+
+
+def test_nobody_waits_for_a_compilation_without_end(monkeypatch):
+    monkeypatch.setattr(structured_outputs, "MAX_COMPILATION_S", 0.05)
+    monkeypatch.setattr(structured_outputs, "_slots", threading.BoundedSemaphore(1))
+    end = threading.Event()
+    run = structured_outputs._run_apart
+    with pytest.raises(ValueError, match=r"takes more than 0.05 s"):
+        run(end.wait, 1.0)
+    with pytest.raises(ValueError, match="too many others are being compiled"):
+        run(lambda: 1, 0.0)
+    grammar = object.__new__(structured_outputs.Grammar)
+    end.set()
+    assert run(lambda: grammar, 60.0) is grammar, "its slot is free again"
 
 
 def _kind(number):
@@ -291,22 +339,13 @@ def test_a_text_of_ever_more_meanings_ends_at_the_limit(monkeypatch):
 
 def test_empty_lines_and_comments_of_a_grammar_cost_nothing():
     """They did: 65,000 empty lines a minute, in Python."""
-    lines = "\n" * 200_000
+    lines = "\n" * 20_000
     for text in (f'{lines}start: "a"{lines}  | "b"{lines}', f'root ::= {lines}"a" | "b"'):
-        text = text if "::=" not in text else text.replace(lines, lines[:50_000])
         grammar = _compile(grammar=text)
         assert _follow(GrammarMatcher(grammar), "a")
         assert not _follow(GrammarMatcher(grammar), "c")
-    comments = "#\n" * 50_000
+    comments = "#\n" * 30_000
     assert _follow(GrammarMatcher(_compile(grammar=f'{comments}root ::= "#" # end\n')), "#")
-
-
-def test_gbnf_is_limited_in_length():
-    grammar = 'root ::= "a"\n' + "#" * structured_outputs.MAX_GBNF_CHARS
-    with pytest.raises(
-        ValueError, match=r"GBNF must have at most 131072 characters .*, got 131085"
-    ):
-        _compile(grammar=grammar)
 
 
 def test_preparing_makes_the_tokenizer_once():

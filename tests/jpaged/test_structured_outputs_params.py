@@ -3,7 +3,7 @@
 import pytest
 
 from jpaged import SamplingParams, StructuredOutputsParams
-from jpaged.structured_outputs_params import MAX_SPEC_CHARS
+from jpaged.structured_outputs_params import MAX_CHARS
 
 
 def test_schemas_are_equal_and_hashable_however_they_are_given():
@@ -52,9 +52,13 @@ def test_choices_are_kept_as_a_tuple_without_repeats():
             {"json": {}, "whitespace_pattern": " ", "disable_any_whitespace": True},
             "whitespace_pattern must be None with disable_any_whitespace=True",
         ),
-        ({"regex": "a" * (MAX_SPEC_CHARS + 1)}, f"at most {MAX_SPEC_CHARS} characters"),
-        ({"json": '"' + "a" * MAX_SPEC_CHARS + '"'}, f"more than {MAX_SPEC_CHARS}"),
-        ({"choice": ["a" * MAX_SPEC_CHARS, "b"]}, "choice must have at most"),
+        ({"regex": "a" * 8193}, "regex must have at most 8192 characters, got 8193"),
+        ({"json": {"not": [{"pattern": "a" * 8193}]}}, "json must have patterns of at most 8192"),
+        ({"json": {"patternProperties": {"a" * 8193: {}}}}, "patterns of at most 8192 characters"),
+        ({"grammar": "a" * 65537}, "grammar must have at most 65536 characters, got 65537"),
+        ({"json": {"title": "a" * MAX_CHARS["json"]}}, "json must have at most 262144 characters"),
+        ({"json": " " * 2**21}, "json must be a JSON schema: it has 2097152 characters"),
+        ({"choice": ["a" * MAX_CHARS["choice"], "b"]}, "choice must have at most"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(fields, match):
