@@ -349,7 +349,7 @@ def test_the_pool_can_be_seen(run):
         view = await client.pool_view()
         await asyncio.gather(*tasks)
         assert view["block_size"] == 8
-        ids = {sequence["request_id"] for sequence in view["sequences"]}
+        ids = {sequence[0] for sequence in view["sequences"]}
         assert ids
         assert ids <= {str(i) for i in range(16)}
 
