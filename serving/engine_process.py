@@ -20,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from jpaged import structured_outputs
 from jpaged.engine_config import EngineConfig
 from jpaged.models.sources import DEFAULT_MODEL
 from jpaged.pool_view import view_pool
@@ -225,11 +226,22 @@ def _run(channel: Channel, start: messages.Start) -> int:
         channel.send(messages.Failed(str(error) or type(error).__name__, is_users_fault=True))
         return 2
     try:
+        _prepare_structured_outputs(engine)
         channel.send(messages.Ready(_info(engine), engine.tokenizer_source))
         EngineServer(engine, channel).serve()
     finally:
         engine.shutdown()
     return 0
+
+
+def _prepare_structured_outputs(engine: "Engine") -> None:
+    """Does now what would hold up the steps of all when the first grammar comes."""
+    if engine.tokenizer is None or not structured_outputs.is_available():
+        return  # A request that wants it is told why not.
+    try:
+        engine.prepare_structured_outputs()
+    except ValueError as error:
+        logger.warning("there is no structured output: %s", error)
 
 
 def _info(engine: "Engine") -> EngineInfo:
