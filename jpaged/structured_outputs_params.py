@@ -5,12 +5,18 @@ Whether a schema or grammar is valid is found out when it is compiled (`structur
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any, Self
 
 MAX_CHARS = {"json": 1 << 18, "regex": 1 << 13, "choice": 1 << 20, "grammar": 1 << 16}
 """The longest specifications, in characters: they come from strangers, and within these a hostile
 one takes seconds to compile."""
+
+MAX_INTERSECTED = 16
+"""Patterns that one value may have to match at once: the time doubles with each."""
+MAX_MULTIPLE = 10_000
+"""The largest `multipleOf`: the automaton has as many states."""
 
 _FORMS = ("json", "regex", "choice", "grammar", "json_object")
 
@@ -63,6 +69,8 @@ class StructuredOutputsParams:
             self._set("choice", _checked_choice(self.choice))
         for name in ("regex", "grammar", "whitespace_pattern"):
             _check_text(name, getattr(self, name))
+        if self.grammar is not None and (count := self.grammar.count("&")) > MAX_INTERSECTED:
+            raise ValueError(f"grammar must have at most {MAX_INTERSECTED} '&', got {count}")
         self._check_whitespace(given[0])
         limit = MAX_CHARS.get(given[0])
         if limit is not None and self.num_chars > limit:
@@ -137,28 +145,58 @@ def _schema_text(schema: object) -> str:
     if not isinstance(schema, (Mapping, bool)):
         raise ValueError(f"json must be a JSON schema, an object or a boolean, got {text[:80]}")
     _check_text("json", text)
-    for pattern in _patterns(schema):
-        if len(pattern) > MAX_CHARS["regex"]:
-            raise ValueError(
-                f"json must have patterns of at most {MAX_CHARS['regex']} characters, got one of "
-                f"{len(pattern)}"
-            )
+    _check_cost(schema)
     return text
 
 
-def _patterns(schema: object) -> Iterator[str]:
-    """All regular expressions in a schema."""
+def _check_cost(schema: object) -> None:
+    """Refuses what takes a time and a memory without end to compile."""
+    num_patterns, multiple, intersects = 0, 1, False
     left = [schema]
     while left:
         found = left.pop()
-        if isinstance(found, Mapping):
-            left.extend(found.values())
-            if isinstance(pattern := found.get("pattern"), str):
-                yield pattern
-            if isinstance(properties := found.get("patternProperties"), Mapping):
-                yield from properties
-        elif isinstance(found, (list, tuple)):
+        if isinstance(found, (list, tuple)):
             left.extend(found)
+        if not isinstance(found, Mapping):
+            continue
+        left.extend(found.values())
+        patterns = [found.get("pattern"), *_keys(found.get("patternProperties"))]
+        for pattern in patterns:
+            if isinstance(pattern, str) and len(pattern) > MAX_CHARS["regex"]:
+                raise ValueError(
+                    f"json must have patterns of at most {MAX_CHARS['regex']} characters, got one "
+                    f"of {len(pattern)}"
+                )
+        num_patterns += len(patterns) - 1 + ("pattern" in found) + ("format" in found)
+        intersects |= "allOf" in found or ("$ref" in found and len(found) > 1)
+        multiple *= _checked_multiple(found.get("multipleOf"))
+    if intersects and multiple > MAX_MULTIPLE:
+        raise ValueError(
+            f"json must have multipleOf of a product of at most {MAX_MULTIPLE} where it has allOf, "
+            "or $ref beside other keywords"
+        )
+    if intersects and num_patterns > MAX_INTERSECTED:
+        raise ValueError(
+            f"json must have at most {MAX_INTERSECTED} patterns and formats where it has allOf, or "
+            f"$ref beside other keywords, got {num_patterns}"
+        )
+
+
+def _keys(value: object) -> Iterable[object]:
+    return value if isinstance(value, Mapping) else ()
+
+
+def _checked_multiple(value: object) -> int:
+    """The digits of `multipleOf` as a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return 1
+    digits = int("".join(map(str, Decimal(str(value)).normalize().as_tuple().digits)))
+    if digits > MAX_MULTIPLE:
+        raise ValueError(
+            f"json must have multipleOf of at most {MAX_MULTIPLE} (without decimal point and zeros)"
+            f", got {value}"
+        )
+    return max(digits, 1)
 
 
 def _checked_choice(choice: object) -> tuple[str, ...]:

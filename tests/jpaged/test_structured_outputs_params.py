@@ -58,12 +58,38 @@ def test_choices_are_kept_as_a_tuple_without_repeats():
         ({"grammar": "a" * 65537}, "grammar must have at most 65536 characters, got 65537"),
         ({"json": {"title": "a" * MAX_CHARS["json"]}}, "json must have at most 262144 characters"),
         ({"json": " " * 2**21}, "json must be a JSON schema: it has 2097152 characters"),
+        ({"json": {"multipleOf": 99999937}}, "multipleOf of at most 10000 .*, got 99999937"),
+        ({"json": {"items": {"multipleOf": 1.23457}}}, "multipleOf of at most 10000"),
+        (
+            {"json": {"allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}},
+            "of a product of at most",
+        ),
+        ({"json": {"allOf": [{"pattern": "a"}] * 17}}, "at most 16 patterns and formats .*got 17"),
+        (
+            {"json": {"$defs": {f"d{i}": {"$ref": "#/x", "pattern": "a"} for i in range(17)}}},
+            "at most 16 patterns and formats",
+        ),
+        ({"grammar": 'start: A\nA: "a" ' + '& "a" ' * 17}, "grammar must have at most 16 '&'"),
         ({"choice": ["a" * MAX_CHARS["choice"], "b"]}, "choice must have at most"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(fields, match):
     with pytest.raises(ValueError, match=match):
         StructuredOutputsParams(**fields)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"multipleOf": 0.01},
+        {"multipleOf": 5000000},
+        {"properties": {f"p{i}": {"pattern": "a", "$ref": "#/$defs/x"} for i in range(16)}},
+        {"properties": {f"p{i}": {"pattern": "a"} for i in range(100)}},
+        {"properties": {"pattern": {"type": "string"}, "multipleOf": True, "allOf": {}}},
+    ],
+)
+def test_what_costs_little_is_taken(schema):
+    assert StructuredOutputsParams(json=schema).json
 
 
 def test_an_unknown_field_is_refused_by_name():
