@@ -168,16 +168,21 @@ class Dispatcher:
             stream.handle = next(self._handles)
             self.running[stream.handle] = stream
             self.num_running_seqs += stream.num_seqs
-            self._send(
-                messages.Add(
-                    stream.handle,
-                    request.request_id,
-                    request.prompt_token_ids,
-                    messages.pack_params(stream.mirror.params),
-                    request.priority,
-                    request.cache_salt,
+            try:
+                self._send(
+                    messages.Add(
+                        stream.handle,
+                        request.request_id,
+                        request.prompt_token_ids,
+                        messages.pack_params(stream.mirror.params),
+                        request.priority,
+                        request.cache_salt,
+                    )
                 )
-            )
+            except (OverflowError, TypeError, ValueError) as error:  # no message can carry it
+                del self.running[stream.handle]
+                self.num_running_seqs -= stream.num_seqs
+                stream.fail(ValueError(f"the request cannot be sent to the engine: {error}"))
 
     def _take_out(self, stream: Stream) -> None:
         """Notes that the engine does not have a request any more."""
