@@ -25,14 +25,17 @@ from jpaged.models.loader import load_model
 from jpaged.output_processor import RequestOutputs
 from jpaged.outputs import RequestOutput
 from jpaged.preemption import PreemptionPolicy
-from jpaged.prompts import Prompt, parse_prompt
+from jpaged.prompts import Prompt
 from jpaged.request import Request, Sequence
+from jpaged.request_reader import RequestLimits, RequestReader
 from jpaged.sampling_params import SamplingParams
 from jpaged.sampling_rows import RequestSampling
 from jpaged.scheduler import Scheduler
 from jpaged.scheduler_output import SchedulerOutput, SchedulerStats
-from jpaged.structured_outputs import Grammar, GrammarCompiler, GrammarMatcher
+from jpaged.sequence_end import SequenceEnd
+from jpaged.structured_outputs import GrammarCompiler, GrammarMatcher
 from jpaged.structured_outputs_params import StructuredOutputsParams
+from jpaged.token_outputs import TokenOutputs
 from jpaged.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -108,6 +111,14 @@ class Engine:
         ends = () if self.tokenizer is None else self.tokenizer.eos_token_ids
         # A checkpoint may name the end of a turn in its tokenizer only.
         self.eos_token_ids = tuple(dict.fromkeys((*loaded.config.eos_token_ids, *ends)))
+        limits = RequestLimits(
+            vocab_size=loaded.config.vocab_size,
+            max_model_len=scheduler_config.max_model_len,
+            max_num_seqs=scheduler_config.max_num_seqs,
+            max_logprobs=config.max_logprobs,
+            eos_token_ids=self.eos_token_ids,
+        )
+        self._reader = RequestReader(limits, self.tokenizer)
         self._grammars: GrammarCompiler | None = None
         if self.tokenizer is not None:
             self._grammars = GrammarCompiler(
@@ -123,7 +134,7 @@ class Engine:
         self._num_discarded_tokens = 0
         self._host_time_s = 0.0
         self._last_result_s = 0.0
-        self._early_outputs: list[RequestOutput] = []
+        self._finished_early: list[Request] = []
         self._is_shut_down = False
 
     def _start_scheduler(self, scheduler_config: SchedulerConfig) -> None:
@@ -155,39 +166,7 @@ class Engine:
         """
         if self._is_shut_down:
             raise RuntimeError("the engine was shut down and takes no more requests")
-        if not isinstance(priority, int):
-            raise ValueError(f"priority must be an integer, got {priority!r}")
-        config = self.model_config
-        parsed = parse_prompt(prompt, self.tokenizer, config.vocab_size)
-        token_ids = parsed.token_ids
-        if len(token_ids) >= self.max_model_len:
-            raise ValueError(
-                f"prompt must be at most {self.max_model_len - 1} tokens so that one can follow "
-                f"within max_model_len={self.max_model_len}, got {len(token_ids)}"
-            )
-        params.validate(
-            vocab_size=config.vocab_size,
-            max_logprobs=self.config.max_logprobs,
-            max_num_seqs=self.scheduler.config.max_num_seqs,
-            eos_token_ids=self.eos_token_ids,
-        )
-        for name in ("stop", "bad_words", "structured_outputs"):
-            if getattr(params, name) and self.tokenizer is None:
-                raise ValueError(f"{name} needs a tokenizer, and this model has none")
-        request = Request(
-            request_id,
-            token_ids,
-            params,
-            prompt=parsed.text,
-            arrival_time=time.monotonic(),
-            priority=priority,
-            cache_salt=parsed.cache_salt,
-            eos_token_ids=self.eos_token_ids,
-            skip_prefix_cache=params.prompt_logprobs is not None,
-            num_seqs=params.num_seqs,
-            is_beam_search=params.use_beam_search,
-            awaits_tokens=params.structured_outputs is not None,
-        )
+        request = self._reader.read(request_id, prompt, params, priority=priority)
         sampling = RequestSampling(
             params,
             vocab_size=self.model_config.vocab_size,
@@ -203,17 +182,30 @@ class Engine:
                 max_tokens=max_length - len(request.prompt_token_ids),
                 num_logprobs=sampling.num_logprobs,
             )
-        else:
-            outputs = RequestOutputs(request, params, self.tokenizer, self._grammar_of(params))
-        request.engine_state = _EngineState(outputs, sampling)
+        outputs = self._make_outputs(request, params, beams)
+        ends = self._make_ends(request, params)
+        request.engine_state = _EngineState(outputs, sampling, ends, beams)
         return request
 
-    def _grammar_of(self, params: SamplingParams) -> Grammar | None:
+    def _make_outputs(
+        self, request: Request, params: SamplingParams, beams: BeamGroup | None
+    ) -> RequestOutputs | TokenOutputs:
+        if not self._with_text:
+            return TokenOutputs(request, params)
+        if beams is not None:
+            return BeamOutputs(request, params, self.tokenizer, beams.search.results)
+        return RequestOutputs(request, params, self.tokenizer)
+
+    def _make_ends(self, request: Request, params: SamplingParams) -> list[SequenceEnd]:
         if params.structured_outputs is None:
-            return None
-        assert self._grammars is not None, "checked by the caller"
+            return [SequenceEnd(seq, params) for seq in request.sequences]
+        assert self._grammars is not None, "checked by the reader"
         assert isinstance(params.structured_outputs, StructuredOutputsParams), "normalised"
-        return self._grammars.compile(params.structured_outputs)
+        grammar = self._grammars.compile(params.structured_outputs)
+        return [
+            SequenceEnd(seq, params, GrammarMatcher(grammar, params.stop_token_ids))
+            for seq in request.sequences
+        ]
 
     def prepare_structured_outputs(self) -> None:
         """Does now what the first request with structured output would have all others wait for.
@@ -251,9 +243,7 @@ class Engine:
         if request is None:
             return False
         self.scheduler.abort_request(request_id)
-        output = _state_of(request).outputs.output()
-        if output is not None:
-            self._early_outputs.append(output)
+        self._finished_early.append(request)
         return True
 
     def end_sequence(self, request_id: str, seq_index: int) -> None:
@@ -265,14 +255,20 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything left to do."""
-        return bool(self.scheduler.has_unfinished() or self._in_flight or self._early_outputs)
+        return bool(self.scheduler.has_unfinished() or self._in_flight or self._finished_early)
 
     # Steps.
 
     def step(self) -> list[RequestOutput]:
         """Dispatches the next step and returns what the one before it brought."""
+        found = (_state_of(request).outputs.output() for request in self.advance())
+        return [output for output in found if output is not None]
+
+    def advance(self) -> list[Request]:
+        """The same, but returns the requests that have something new to tell."""
+        touched, self._finished_early = self._finished_early, []
         if self._is_worth_waiting():
-            self._early_outputs += self._read(0)
+            touched += self._read(0)
         start = time.perf_counter()
         scheduled = self.scheduler.schedule()
         if scheduled.swap_outs or scheduled.swap_ins:
@@ -283,10 +279,8 @@ class Engine:
         if not scheduled.is_empty:
             self._in_flight.append(self._dispatch(scheduled))
         self._host_time_s += time.perf_counter() - start
-        outputs, self._early_outputs = self._early_outputs, []
-        return outputs + self._read(
-            1 if self.config.async_scheduling and not scheduled.is_empty else 0
-        )
+        touched += self._read(1 if self.config.async_scheduling and not scheduled.is_empty else 0)
+        return list(dict.fromkeys(touched))
 
     def _is_worth_waiting(self) -> bool:
         """Whether most sequences could not be in the next step unless this one is read first.
@@ -300,9 +294,9 @@ class Engine:
         num_awaiting = sum(seq.request.awaits_tokens for seq in seqs)
         return 2 * num_awaiting > self.scheduler.num_running_seqs
 
-    def _read(self, num_left: int) -> list[RequestOutput]:
+    def _read(self, num_left: int) -> list[Request]:
         """Reads the oldest steps in flight, until so many are left."""
-        outputs: list[RequestOutput] = []
+        touched: list[Request] = []
         while len(self._in_flight) > num_left:
             handle = self._in_flight.popleft()
             result = handle.result()
@@ -347,8 +341,8 @@ class Engine:
         matchers = [matcher for _, matcher in found]
         self.runner.set_masks(rows, functools.partial(self._grammars.fill, matchers))
 
-    def _process(self, scheduled: SchedulerOutput, result: StepResult) -> list[RequestOutput]:
-        touched: dict[str, Request] = {}
+    def _process(self, scheduled: SchedulerOutput, result: StepResult) -> list[Request]:
+        touched: dict[Request, None] = {}
         searching: dict[Request, None] = {}
         masked: list[Sequence] = []
         first_token = 0
@@ -380,14 +374,11 @@ class Engine:
             finish = sequence.append(token_id, logprobs, finish)
             if finish is not None:
                 self.scheduler.finish_sequence(seq, finish.reason, finish.stop_reason)
-            elif sequence.matcher is not None and seq.row is not None:
+            elif state.ends[seq.seq_index].matcher is not None and seq.row is not None:
                 masked.append(seq)
-            touched[seq.request.request_id] = seq.request
+            touched[seq.request] = None
         self._set_masks(masked)
-        for request in self._settle_beams(searching):
-            touched[request.request_id] = request
-        found = (_state_of(request).outputs.output() for request in touched.values())
-        return [output for output in found if output is not None]
+        return [*touched, *self._settle_beams(searching)]
 
     def _settle_beams(self, requests: Iterable[Request]) -> list[Request]:
         """Lets the searches among some requests go on where they can; those that ended."""
@@ -453,7 +444,7 @@ class Engine:
 
 
 def _matcher_of(seq: Sequence) -> GrammarMatcher:
-    matcher = _state_of(seq.request).outputs.sequences[seq.seq_index].matcher
+    matcher = _state_of(seq.request).ends[seq.seq_index].matcher
     assert matcher is not None, f"no structured output: {seq}"
     return matcher
 

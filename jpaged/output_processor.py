@@ -17,7 +17,7 @@ from jpaged.outputs import (
 )
 from jpaged.request import Request, Sequence
 from jpaged.sampling_params import RequestOutputKind, SamplingParams
-from jpaged.structured_outputs import Grammar, GrammarMatcher
+from jpaged.sequence_end import Finish
 from jpaged.tokenizer import IncrementalDetokenizer, Tokenizer
 
 
@@ -49,14 +49,9 @@ class SequenceOutput:
     """Text and log-probabilities of one sequence, and the test of whether it ends."""
 
     def __init__(
-        self,
-        sequence: Sequence,
-        params: SamplingParams,
-        tokenizer: Tokenizer | None,
-        matcher: GrammarMatcher | None = None,
+        self, sequence: Sequence, params: SamplingParams, tokenizer: Tokenizer | None
     ) -> None:
         self.sequence = sequence
-        self.matcher = matcher
         self._params = params
         self._tokenizer = tokenizer
         self._detokenizer = None
@@ -97,43 +92,18 @@ class SequenceOutput:
             self.logprobs.append(
                 position_logprobs(token_id, logprobs, params.logprobs, self._tokenizer)
             )
-        num_output = sequence.num_output_tokens
-        finish = self._check_end_token(token_id)
+        is_end_token = finish is not None and finish.is_end_token
         # The token that stops is no part of the text, unless asked for.
-        if self._detokenizer is not None and (finish is None or params.include_stop_str_in_output):
+        if self._detokenizer is not None and (
+            not is_end_token or params.include_stop_str_in_output
+        ):
             start = len(self.text)
             self.text += self._detokenizer.append([token_id])
-            if finish is None and num_output >= params.min_tokens:
-                finish = self._check_stop_strings(start)
-                if finish is not None:
-                    return finish
-        if finish is None and self.matcher is not None:
-            finish = self._check_grammar(token_id)
-        if finish is None and len(sequence.token_ids) >= max_length:
-            finish = Finish("length")
-        if finish is not None:
-            finish = self._flush() or finish
-        return finish
-
-    def _check_end_token(self, token_id: int) -> Finish | None:
-        params, sequence, matcher = self._params, self.sequence, self.matcher
-        if matcher is not None and matcher.error is not None:
-            return Finish("abort", matcher.error)
-        # Output that is complete has nothing but an end token left.
-        if sequence.num_output_tokens >= params.min_tokens or matcher is not None:
-            if not params.ignore_eos and token_id in sequence.request.eos_token_ids:
-                return Finish("stop")
-            if token_id in params.stop_token_ids:
-                return Finish("stop", token_id)
-        return None
-
-    def _check_grammar(self, token_id: int) -> Finish | None:
-        """Follows the grammar; output that is complete ends, whatever its length."""
-        assert self.matcher is not None, "checked by the caller"
-        self.matcher.advance(token_id)
-        if self.matcher.error is not None:
-            return Finish("abort", self.matcher.error)
-        return Finish("stop") if self.matcher.is_complete else None
+            if not is_end_token and self.sequence.num_output_tokens >= params.min_tokens:
+                found = self._check_stop_strings(start)
+                if found is not None:
+                    return found
+        return None if finish is None else self._flush() or finish
 
     def _flush(self) -> Finish | None:
         """Takes what the detokenizer held back because it ends with half a character."""
@@ -188,11 +158,7 @@ class RequestOutputs:
     """What the engine keeps of a request for its outputs; lives in `Request.engine_state`."""
 
     def __init__(
-        self,
-        request: Request,
-        params: SamplingParams,
-        tokenizer: Tokenizer | None,
-        grammar: Grammar | None = None,
+        self, request: Request, params: SamplingParams, tokenizer: Tokenizer | None
     ) -> None:
         self.request = request
         self.params = params
@@ -200,15 +166,7 @@ class RequestOutputs:
         self.metrics = RequestMetrics(arrival_time_s=request.arrival_time)
         self.sequences: list[SequenceOutput] = []
         if not params.use_beam_search:
-            self.sequences = [
-                SequenceOutput(
-                    seq,
-                    params,
-                    tokenizer,
-                    None if grammar is None else GrammarMatcher(grammar, params.stop_token_ids),
-                )
-                for seq in request.sequences
-            ]
+            self.sequences = [SequenceOutput(seq, params, tokenizer) for seq in request.sequences]
         self._told_finished: set[int] = set()
         self.prompt_logprobs: list[PositionLogprobs | None] | None = None
         if params.prompt_logprobs is not None:

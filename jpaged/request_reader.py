@@ -62,9 +62,9 @@ class RequestReader:
             max_num_seqs=limits.max_num_seqs,
             eos_token_ids=limits.eos_token_ids,
         )
-        needs_text = "stop" if params.stop else "bad_words" if params.bad_words else None
-        if needs_text and self.tokenizer is None:
-            raise ValueError(f"{needs_text} needs a tokenizer, and this model has none")
+        for name in ("stop", "bad_words", "structured_outputs"):
+            if getattr(params, name) and self.tokenizer is None:
+                raise ValueError(f"{name} needs a tokenizer, and this model has none")
         return Request(
             request_id,
             token_ids,
@@ -77,4 +77,5 @@ class RequestReader:
             skip_prefix_cache=params.prompt_logprobs is not None,
             num_seqs=params.num_seqs,
             is_beam_search=params.use_beam_search,
+            awaits_tokens=params.structured_outputs is not None,
         )

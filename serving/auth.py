@@ -1,4 +1,4 @@
-"""API keys: everything but health checks and the page's own files needs one, if there are any."""
+"""API keys: everything but the health checks needs one, if the server has any.
 
 A key comes as bearer token, or as the password of basic authentication: that is what a browser
 asks for when it opens the page at `/`, and then sends with all that the page loads.
@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jpaged.serving.errors import ApiError, error_response
-from jpaged.serving.page import STATIC_PREFIX
+from jpaged.serving.service import route_path
 
 OPEN_PATHS = frozenset({"/health", "/ping"})
 """What a load balancer asks without a key."""
@@ -34,7 +34,7 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on what has a key."""
-        if scope["type"] == "lifespan" or _is_open(_path(scope)):
+        if scope["type"] == "lifespan" or route_path(scope) in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
         digest = self._valid(Headers(scope=scope).getlist("authorization"))
@@ -67,9 +67,20 @@ class Authentication:
         return found
 
 
-def _is_open(path: str) -> bool:
-    # A browser has no way to send a key with a page; its files hold nothing of this server.
-    return path in OPEN_PATHS or path == "/" or path.startswith(STATIC_PREFIX)
+def _key_of(authorization: str) -> str | None:
+    """The key in the value of an Authorization header."""
+    scheme, _, value = authorization.partition(" ")
+    match scheme.lower():
+        case "bearer":
+            return value.strip()
+        case "basic":
+            try:
+                pair = base64.b64decode(value.strip(), validate=True).decode()
+            except (binascii.Error, UnicodeError, ValueError):
+                return None
+            return pair.partition(":")[2]
+        case _:
+            return None
 
 
 def _digest(key: str) -> bytes:

@@ -25,6 +25,7 @@ from jpaged.engine_config import EngineConfig
 from jpaged.models.sources import DEFAULT_MODEL
 from jpaged.pool_view import view_pool
 from jpaged.request import Request
+from jpaged.sampling_params import SamplingParams
 from jpaged.serving import messages
 from jpaged.serving.engine import EngineInfo
 from jpaged.serving.engine_channel import Channel
@@ -141,7 +142,8 @@ class EngineServer:
 
     def _answer(self, what: str) -> dict:
         if what == "stats":
-            return dataclasses.asdict(self._engine.stats())
+            steps = {"counts": self._step_counts, "sum": self._num_step_tokens}
+            return dataclasses.asdict(self._engine.stats()) | {"step_tokens": steps}
         return view_pool(self._engine.block_manager).as_dict()
 
     def _step(self) -> messages.StepTokens | None:

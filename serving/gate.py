@@ -10,7 +10,6 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jpaged.serving import logs
 from jpaged.serving.errors import CLIENT_CLOSED_STATUS, ClientDisconnectedError, error_response
 from jpaged.serving.logs import request_id
 from jpaged.serving.service import REQUEST_ID, REQUEST_ID_HEADER, Service, is_request_id, route_path
@@ -40,7 +39,7 @@ class Gate:
         given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
         # One that cannot be shown is refused where it would be used, and never sent back.
         scope[REQUEST_ID] = given if is_request_id(given) else uuid.uuid4().hex
-        logs.request_id.set(scope[REQUEST_ID])
+        request_id.set(scope[REQUEST_ID])
         is_counted = route_path(scope) in _COUNTED
         self._service.num_open += is_counted
         started_s = time.monotonic()

@@ -37,12 +37,15 @@ class Start(_Message):
 
 
 class Add(_Message):
-    """Queues a request; its prompt is checked already, its text stays where it is."""
+    """Queues a request; its prompt is checked already, its text stays where it is.
+
+    `params` are the fields of `SamplingParams` that are not their defaults (`pack_params`).
+    """
 
     handle: int
     request_id: str
     prompt_token_ids: list[int]
-    params: SamplingParams
+    params: dict[str, Any]
     priority: int
     cache_salt: str | None
 
@@ -181,6 +184,15 @@ decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 """Bytes as one of `ToEngine`."""
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
 """Bytes as one of `FromEngine`."""
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+
+
+def pack_params(params: SamplingParams) -> dict[str, Any]:
+    """The fields that are not their defaults; `SamplingParams(**fields)` is the same again."""
+    values = {name: getattr(params, name) for name in _DEFAULTS}
+    return {name: value for name, value in values.items() if value != _DEFAULTS[name]}
 
 
 def pack_logprobs(logprobs: TokenLogprobs, num_top: int) -> PackedLogprobs:

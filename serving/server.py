@@ -20,6 +20,7 @@ import uvloop
 
 from jpaged.serving.app import create_app
 from jpaged.serving.engine_client import EngineProcessClient
+from jpaged.serving.engine_link import ENGINE_COMMAND
 from jpaged.serving.http_protocol import with_head_timeout
 from jpaged.serving.logs import READY, logging_to_stderr
 from jpaged.serving.settings import ServerSettings

@@ -9,7 +9,7 @@ import re
 import shutil
 
 import jpaged
-from jpaged.cli import client_parser
+from jpaged.cli import client_parser, serve_parser, structured
 
 SAMPLING_PREFIX = "sampling_"
 ENGINE_PREFIX = "engine_"
@@ -73,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_compile(commands)
     _add_doctor(commands)
+    _add_serve(commands)
     _add_bench(commands)
     _add_run_batch(commands)
     return parser
@@ -164,6 +165,20 @@ def _add_doctor(commands) -> None:
         commands, "doctor", "Show versions, devices, caches, and what would be used and why"
     )
     command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_serve(commands) -> None:
+    command = _add_command(
+        commands,
+        "serve",
+        "Serve a model over HTTP, with OpenAI's API",
+        arguments=" [MODEL]",
+        epilog=serve_parser.SERVE_EXAMPLES,
+    )
+    command.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
+    _add_model(command)
+    serve_parser.add_serve_arguments(command)
+    _add_engine(command)
 
 
 def _add_bench(commands) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from fake_llm import FakeTokenizer, press_ctrl_c, rows_of, run_file
 from helpers import needs_default_model
 
-from jpaged import cli
+from jpaged import StructuredOutputsParams, cli
 from jpaged.cli import engine, streaming, watch
 from jpaged.engine_config import EngineConfig
 from jpaged.sampling_params import RequestOutputKind, SamplingParams
@@ -119,6 +120,44 @@ def test_beam_search_flags_arrive(text, early_stopping, llms):
         max_tokens=256,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields"),
+    [
+        (["--json-schema", ' {"type": "null"}'], {"json": {"type": "null"}}),
+        (["--json-schema", "FILE"], {"json": {"type": "array"}}),
+        (["--regex", "a+"], {"regex": "a+"}),
+        (["--choice", "red", "--choice", "blue"], {"choice": ["red", "blue"]}),
+        (["--grammar", "FILE"], {"grammar": '{"type": "array"}'}),
+    ],
+)
+def test_form_of_the_output_arrives(arguments, fields, llms, tmp_path):
+    (tmp_path / "file").write_text('{"type": "array"}')
+    arguments = [str(tmp_path / "file") if a == "FILE" else a for a in arguments]
+    assert cli.main(["generate", "Who?", *arguments]) == 0
+    assert llms[0].requests[0][1].structured_outputs == StructuredOutputsParams(**fields)
+
+
+def test_prompts_of_a_file_have_forms_of_their_own(llms, tmp_path):
+    rows = [
+        {"prompt": "a", "structured_outputs": {"regex": "x"}},
+        {"prompt": "b"},
+        {"prompt": "c", "structured_outputs": None},
+        {"prompt": "d", "structured_outputs": {"regexp": "x"}},
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "out.jsonl"
+    flags = ["--prompts-file", str(tmp_path / "in.jsonl"), "-o", str(output), "--choice", "red"]
+    assert cli.main(["generate", *flags]) == 1
+    found = [params.structured_outputs for _, params in llms[0].requests]
+    assert found[-3:] == [
+        StructuredOutputsParams(regex="x"),
+        StructuredOutputsParams(choice=["red"]),
+        None,
+    ]
+    last = json.loads(output.read_text().splitlines()[3])
+    assert "structured_outputs must have fields among" in last["error"]
 
 
 def test_every_sampling_flag_arrives(llms):

@@ -121,6 +121,12 @@ def test_bad_engine_option_is_one_line(capsys):
         (["generate", "hi", "--kv-cache-memory-bytes", "2 bananas"], "must be like 2GiB"),
         (["generate", "hi", "--temp", "0"], "unrecognized arguments"),
         (["generate", "hi", "--early-stopping", "no"], "must be True, False or never, got 'no'"),
+        (["generate", "hi", "--json-schema", "/missing"], "cannot read /missing: No such file"),
+        (["generate", "hi", "--json-schema", "{"], "json must be a JSON schema"),
+        (["generate", "hi", "--grammar", "/missing"], "cannot read /missing: No such file"),
+        (["generate", "hi", "--regex", ""], "regex must not be empty"),
+        (["generate", "hi", "--choice", ""], "choice must not be empty"),
+        (["generate", "hi", "--choice", "a", "--regex", "b"], "not allowed with argument"),
     ],
 )
 def test_unusable_argument_is_refused(arguments, message, capsys):
