@@ -98,7 +98,7 @@ class AsyncLLM:
             raise ValueError(
                 f"request_id {request_id!r} is already in use by an unfinished request"
             )
-        params = sampling_params or SamplingParams()
+        params = sampling_params or SamplingParams(**self.engine.default_sampling)
         # The id is taken before the first await, so that no other call can take it too.
         stream = self._streams[request_id] = _Stream()
         queued = finished = False

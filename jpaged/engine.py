@@ -20,6 +20,7 @@ from jpaged.beam_outputs import BeamGroup, BeamOutputs
 from jpaged.block_manager import BlockManager
 from jpaged.config import SchedulerConfig
 from jpaged.engine_config import EngineConfig
+from jpaged.generation_config import read_default_sampling
 from jpaged.model_runner import ModelRunner, StepHandle, StepResult
 from jpaged.models.loader import load_model
 from jpaged.output_processor import RequestOutputs
@@ -104,6 +105,9 @@ class Engine:
             on_copy_in=self.preemption.note_copies if self._is_timed else None,
         )
         self.tokenizer: Tokenizer | None = None
+        self.default_sampling = {}
+        if config.generation_config == "auto":
+            self.default_sampling = read_default_sampling(loaded.source)
         self.tokenizer_source: str | None = None
         if not config.skip_tokenizer_init:
             self.tokenizer_source = config.tokenizer or str(loaded.source)

@@ -17,6 +17,7 @@ from jpaged.config import (
 Compilation = Literal["background", "eager", "lazy"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
+GenerationConfig = Literal["auto", "none"]
 
 # On a CPU the pool shares memory with everything else, so it is small unless asked for.
 DEFAULT_CPU_CACHE_BYTES = 1 << 30
@@ -46,6 +47,8 @@ class EngineConfig:
         load_format: "auto", or "dummy" for random weights of the right shapes.
         dtype: Of weights, activations and the block pool; "auto" takes float32 on a CPU and
             bfloat16 on accelerators (float16 where the device is slow at bfloat16).
+        generation_config: Where sampling that a request leaves open comes from: "auto" takes what
+            the model's generation_config.json recommends, "none" the defaults of `SamplingParams`.
         seed: From which requests without a seed of their own draw theirs.
         max_model_len: Most tokens of a sequence, prompt and output; the model's own limit if None.
         max_num_seqs: Most sequences that run at once.
@@ -79,6 +82,7 @@ class EngineConfig:
     revision: str | None = None
     load_format: LoadFormat = "auto"
     dtype: DType = "auto"
+    generation_config: GenerationConfig = "auto"
     seed: int = 0
     max_model_len: int | None = None
     max_num_seqs: int | None = None
@@ -103,6 +107,7 @@ class EngineConfig:
         for name, choices in (
             ("load_format", get_args(LoadFormat)),
             ("dtype", get_args(DType)),
+            ("generation_config", get_args(GenerationConfig)),
             ("policy", get_args(SchedulingPolicy)),
             ("block_size", BLOCK_SIZES),
             ("preemption_mode", get_args(PreemptionMode)),

@@ -57,7 +57,7 @@ class LLM:
         Args:
             prompts: One prompt or several: text, token ids, or a mapping with `prompt` or
                 `prompt_token_ids`.
-            sampling_params: One for all, or one a prompt; defaults of the class if None.
+            sampling_params: One for all, or one a prompt; `get_default_sampling_params` if None.
             use_tqdm: Whether to show progress with tokens a second.
             priority: One a prompt, lower runs first; needs `policy="priority"`.
 
@@ -65,7 +65,7 @@ class LLM:
             ValueError: A prompt or a parameter is out of range. Nothing has run then.
         """
         many = _as_list(prompts)
-        default = SamplingParams() if sampling_params is None else sampling_params
+        default = self.get_default_sampling_params() if sampling_params is None else sampling_params
         params = _one_each("sampling_params", default, len(many))
         if priority is not None and self.engine.config.policy != "priority":
             raise ValueError('priority needs an engine with policy="priority"')
@@ -163,8 +163,8 @@ class LLM:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
         """Outputs of one request as its tokens come; closing the iterator aborts the request."""
-        request = self._make_request(prompt, sampling_params or SamplingParams(), 0)
-        return self._stream(request)
+        params = sampling_params or self.get_default_sampling_params()
+        return self._stream(self._make_request(prompt, params, 0))
 
     def _stream(self, request: Request) -> Iterator[RequestOutput]:
         request_id = request.request_id
@@ -187,7 +187,11 @@ class LLM:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> None:
         """Raises what `generate` would raise for this request; runs nothing."""
-        self._make_request(prompt, sampling_params or SamplingParams(), 0)
+        self._make_request(prompt, sampling_params or self.get_default_sampling_params(), 0)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What holds where no parameters are given: what the model's generation config sets."""
+        return SamplingParams(**self.engine.default_sampling)
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer.

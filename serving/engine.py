@@ -25,6 +25,8 @@ class EngineInfo:
     block_size: int
     num_blocks: int
     eos_token_ids: tuple[int, ...] = ()
+    default_sampling: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Fields of `SamplingParams` that hold where a request leaves them open."""
 
 
 class EngineClient(Protocol):

@@ -258,6 +258,7 @@ def _info(engine: "Engine") -> EngineInfo:
         block_size=config.block_size,
         num_blocks=engine.runner.num_blocks,
         eos_token_ids=engine.eos_token_ids,
+        default_sampling=engine.default_sampling,
     )
 
 

@@ -40,6 +40,7 @@ class InProcessEngine:
             block_size=engine.config.block_size,
             num_blocks=engine.runner.num_blocks,
             eos_token_ids=engine.eos_token_ids,
+            default_sampling=engine.default_sampling,
         )
 
     @property

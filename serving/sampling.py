@@ -50,7 +50,7 @@ def sampling_params(
     """The sampling parameters of a request.
 
     Args:
-        body: Its fields; null leaves one at its default.
+        body: Its fields; null leaves one at its default, or the model's.
         settings: For the limits of the server.
         info: For those of model and engine.
         structured: What the text must follow, if anything.
@@ -62,7 +62,8 @@ def sampling_params(
     """
     check_stream(body)
     given = {name: getattr(body, name) for name in _SAME_NAME}
-    options = {name: value for name, value in given.items() if value is not None}
+    options = {} if body.use_beam_search else dict[str, Any](info.default_sampling)
+    options |= {name: value for name, value in given.items() if value is not None}
     options |= {"logit_bias": _logit_bias(body.logit_bias), "structured_outputs": structured} | own
     num = options.get("n", 1)
     if body.use_beam_search:

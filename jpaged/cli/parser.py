@@ -178,7 +178,7 @@ def _add_serve(commands) -> None:
     command.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
     _add_model(command)
     serve_parser.add_serve_arguments(command)
-    _add_engine(command)
+    _add_engine(command, with_api=True)
 
 
 def _add_bench(commands) -> None:
@@ -204,7 +204,7 @@ def _add_run_batch(commands) -> None:
     )
     _add_model(command)
     client_parser.add_batch_arguments(command)
-    _add_engine(command)
+    _add_engine(command, with_api=True)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -281,7 +281,7 @@ def _add_beam_search(add) -> None:
     )
 
 
-def _add_engine(command, *, for_requests: bool = True) -> None:
+def _add_engine(command, *, for_requests: bool = True, with_api: bool = False) -> None:
     group = command.add_argument_group("engine")
 
     def add(flag: str, text: str, default: object = None, *, dest: str = "", **options) -> None:
@@ -292,6 +292,13 @@ def _add_engine(command, *, for_requests: bool = True) -> None:
     if for_requests:
         add("--tokenizer", "take the tokenizer from here (default: the model)", metavar="PATH")
     add("--revision", "revision of a hub id", metavar="REV")
+    if with_api:
+        add(
+            "--generation-config",
+            "auto: sampling that requests leave open is what the model recommends; none: the API's",
+            "auto",
+            metavar="WHICH",
+        )
     add("--load-format", "auto, or dummy for random weights", "auto", metavar="FORMAT")
     add("--dtype", "auto, float32, bfloat16 or float16", "auto", metavar="DTYPE")
     add(

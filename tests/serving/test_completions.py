@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 import threading
 
 import pytest
@@ -223,6 +224,17 @@ def test_every_sampling_field_arrives(client, engine):
     assert asked.params.logit_bias == {5: 2.0}
     assert asked.prompt["cache_salt"] == "pepper"
     assert asked.priority == 3
+
+
+def test_the_models_sampling_holds_where_it_is_left_open(client, engine):
+    engine.info = dataclasses.replace(
+        engine.info, default_sampling={"temperature": 0.6, "top_k": 5}
+    )
+    ask(client, top_k=7)
+    ask(client, temperature=0.0)
+    ask(client, use_beam_search=True, n=2)
+    asked = [(one.params.temperature, one.params.top_k) for one in engine.asked]
+    assert asked == [(0.6, 7), (0.0, 5), (0.0, 0)]
 
 
 def test_beam_search_is_greedy_by_itself(client, engine):
