@@ -55,6 +55,7 @@ def create_app(engine: EngineClient, settings: ServerSettings) -> FastAPI:
         redoc_url="/redoc" if with_docs else None,
         redirect_slashes=False,
     )
+    app.state.service = service
     _add_routes(app, service)
     mount_page(app, settings)
     _add_errors(app)

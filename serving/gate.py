@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jpaged.serving.errors import CLIENT_CLOSED_STATUS, ClientDisconnectedError, error_response
 from jpaged.serving.logs import request_id
 from jpaged.serving.service import REQUEST_ID, REQUEST_ID_HEADER, Service, is_request_id, route_path
+from jpaged.serving.tracing import TRACE_HEADERS, trace_headers
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +37,13 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        headers = Headers(scope=scope)
+        given = headers.get(REQUEST_ID_HEADER, "")
         # One that cannot be shown is refused where it would be used, and never sent back.
         scope[REQUEST_ID] = given if is_request_id(given) else uuid.uuid4().hex
         request_id.set(scope[REQUEST_ID])
+        if self._service.tracer is not None:
+            trace_headers.set({name: headers[name] for name in TRACE_HEADERS if name in headers})
         is_counted = route_path(scope) in _COUNTED
         self._service.num_open += is_counted
         started_s = time.monotonic()

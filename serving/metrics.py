@@ -8,7 +8,7 @@ import asyncio
 import collections
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,9 @@ _COUNTERS = (
 )
 
 
+OnEnd = Callable[[RequestOutput, SamplingParams, int], None]
+
+
 @dataclasses.dataclass(slots=True)
 class _Open:
     """What was seen of an unfinished request."""
@@ -96,11 +99,18 @@ class Metrics:
     Args:
         engine: Whose counters are told.
         model_name: Value of the label; the last part of the model's name if None.
+        on_end: Told the last output of a request, its parameters and its number of tokens.
     """
 
-    def __init__(self, engine: EngineClient, model_name: str | None = None) -> None:
+    def __init__(
+        self,
+        engine: EngineClient,
+        model_name: str | None = None,
+        on_end: OnEnd | None = None,
+    ) -> None:
         name = model_name or Path(engine.info.model).name
         self._engine = engine
+        self._on_end = on_end
         self._registry = CollectorRegistry(auto_describe=False)
         self._counters = _EngineCounters(engine.info, name)
         self._registry.register(self._counters)
@@ -185,6 +195,8 @@ class Metrics:
         if output.finished:
             del self._open[request_id]
             self._observe_end(output, params, times, seen.num_tokens)
+            if self._on_end is not None:
+                self._on_end(output, params, seen.num_tokens)
 
     def _observe_end(
         self, output: RequestOutput, params: SamplingParams, times: RequestMetrics, num_tokens: int

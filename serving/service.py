@@ -16,6 +16,7 @@ from jpaged.serving.errors import ApiError, bad_request
 from jpaged.serving.metrics import Metrics
 from jpaged.serving.prompt_reader import PromptReader
 from jpaged.serving.settings import ServerSettings
+from jpaged.serving.tracing import RequestTracer
 
 REQUEST_ID_HEADER = "x-request-id"
 REQUEST_ID = "jpaged.request_id"
@@ -35,6 +36,8 @@ class Service:
         fingerprint: Of what makes an answer what it is; in every answer.
         started: When the server started, in seconds since 1970.
         num_open: Requests for text that are open now.
+        metrics: Of all requests.
+        tracer: Makes their spans, if there is a collector.
     """
 
     def __init__(self, engine: EngineClient, settings: ServerSettings) -> None:
@@ -50,7 +53,12 @@ class Service:
         self.fingerprint = f"jpaged-{jpaged.__version__}-{digest[:8]}"
         self.started = int(time.time())
         self.num_open = 0
-        self.metrics = Metrics(engine, self.model_names[0])
+        self.tracer: RequestTracer | None = None
+        if settings.otlp_traces_endpoint is not None:
+            self.tracer = RequestTracer(settings.otlp_traces_endpoint, self.model_names[0])
+        self.metrics = Metrics(
+            engine, self.model_names[0], None if self.tracer is None else self.tracer.record
+        )
         self._counter = itertools.count()
 
     def model_name(self, asked: str | None) -> str:

@@ -52,6 +52,7 @@ class ServerSettings:
         max_num_queued_tokens: Most prompt tokens that wait; None: no limit.
         shutdown_timeout_s: How long open requests may go on once the server is told to stop.
         log_format: "text", or "json" for one object a line.
+        otlp_traces_endpoint: The collector that spans of requests are sent to (OTLP over HTTP).
     """
 
     host: str | None = None
@@ -91,6 +92,7 @@ class ServerSettings:
     max_num_queued_tokens: int | None = None
     shutdown_timeout_s: float = 0.0
     log_format: Literal["text", "json"] = "text"
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         """Refuses what no server could do.
@@ -161,6 +163,9 @@ class ServerSettings:
             raise ValueError("api_keys must be printable ASCII texts, got one that is not")
         if any(not name for name in self.served_model_names):
             raise ValueError("served_model_names must not hold an empty name")
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"otlp_traces_endpoint must be an http(s) address, got {endpoint!r}")
         if not self.response_role:
             raise ValueError("response_role must not be empty")
         if self.enable_auto_tool_choice and self.tool_call_parser is None:

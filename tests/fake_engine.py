@@ -2,12 +2,13 @@
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import tiny_text_model
 
-from jpaged.outputs import CompletionOutput, Logprob, RequestOutput
+from jpaged.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jpaged.sampling_params import RequestOutputKind, SamplingParams
 from jpaged.serving.engine import EngineInfo
 from jpaged.tokenizer import Tokenizer
@@ -116,6 +117,8 @@ class FakeEngine:
         ]
         output = RequestOutput(asked.request_id, asked.prompt.get("prompt"), ids, parts, finished)
         output.num_cached_tokens = 8
+        now = time.monotonic()
+        output.metrics = RequestMetrics(now, now, now, now if finished else None)
         if params.prompt_logprobs is not None:
             first = [None]
             rest = [self._position(i, f"<{i}>", params.prompt_logprobs) for i in ids[1:]]

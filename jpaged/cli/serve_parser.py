@@ -135,6 +135,11 @@ def _add_logs(command: argparse.ArgumentParser) -> None:
     add = _group(command, "logs")
     add("--log-level", "critical, error, warning, info, debug or trace", "info", metavar="LEVEL")
     add("--log-format", "text, or json for one object a line", "text", metavar="FORMAT")
+    add(
+        "--otlp-traces-endpoint",
+        "send a span of each request to this OpenTelemetry collector (OTLP over HTTP)",
+        metavar="URL",
+    )
     add("--disable-access-log", "no line for each HTTP request", switch=True)
     add(
         "--disable-log-requests",
