@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 logger = logging.getLogger(__name__)
 
-Implementation = Literal["reference", "xla", "mosaic_gpu"]
+Implementation = Literal["reference", "xla", "mosaic_gpu", "mosaic_tpu"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 _logged: set[tuple[str, str, str]] = set()

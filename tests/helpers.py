@@ -46,3 +46,19 @@ def gpu_interpreter(**options: Any) -> Any:
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
     return plgpu.InterpretGPUParams(**options)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def tpu_interpreter() -> Any:
+    """Parameters of JAX's interpreter of TPU kernels, with its race detector."""
+    import jax.experimental.pallas.tpu as pltpu
+
+    return pltpu.InterpretParams(detect_races=True)
+
+
+def assert_no_races() -> None:
+    """That the TPU kernel interpreted last had none; what the detector found is not public."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    found = interpret_pallas_call.races
+    assert found is not None
+    assert not found.races_found

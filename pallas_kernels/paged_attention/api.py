@@ -5,13 +5,16 @@ from typing import TYPE_CHECKING, TypeAlias
 import jax
 from jaxtyping import Array, Float, Int32
 
+from jpaged.pallas_kernels import mosaic_gpu as gpu
+from jpaged.pallas_kernels import mosaic_tpu as tpu
 from jpaged.pallas_kernels import registry
 from jpaged.pallas_kernels.kv_cache_layout import BLOCK_SIZES, KVCacheSpec
-from jpaged.pallas_kernels.mosaic_gpu import device_reasons
 from jpaged.pallas_kernels.paged_attention import reference, xla
 
 # Pallas is imported where a kernel runs only: it takes a CPU 0.2 s.
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jpaged.pallas_kernels.paged_attention import mosaic_gpu
 
 _WITHOUT_SCHEDULE = {
@@ -38,15 +41,26 @@ def choose_implementation(
     """
 
     def mosaic_gpu_reasons() -> list[str]:
-        if reasons := list(device_reasons()):
+        if reasons := list(gpu.device_reasons()):
             return reasons
         from jpaged.pallas_kernels.paged_attention import mosaic_gpu
 
-        return mosaic_gpu.unsupported_reasons(
-            num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.dtype
-        )
+        return mosaic_gpu.unsupported_reasons(*problem)
 
-    candidates = {"mosaic_gpu": mosaic_gpu_reasons, "xla": list, "reference": list}
+    def mosaic_tpu_reasons() -> list[str]:
+        if reasons := list(tpu.device_reasons()):
+            return reasons
+        from jpaged.pallas_kernels.paged_attention import mosaic_tpu
+
+        return mosaic_tpu.unsupported_reasons(*problem)
+
+    problem = (num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.dtype)
+    candidates: dict[registry.Implementation, Callable[[], list[str]]] = {
+        "mosaic_gpu": mosaic_gpu_reasons,
+        "mosaic_tpu": mosaic_tpu_reasons,
+        "xla": list,
+        "reference": list,
+    }
     return registry.choose("paged_attention", requested, candidates)
 
 
@@ -160,6 +174,10 @@ def paged_attention(
         from jpaged.pallas_kernels.paged_attention import mosaic_gpu
 
         return mosaic_gpu.paged_attention(*args, **options, schedule=schedule)
+    if name == "mosaic_tpu":
+        from jpaged.pallas_kernels.paged_attention import mosaic_tpu
+
+        return mosaic_tpu.paged_attention(*args, **options)
     return _WITHOUT_SCHEDULE[name](*args, **options)
 
 

@@ -1,0 +1,244 @@
+"""Paged attention on TPUs: cuts a batch into items, and calls the kernel over them.
+
+An item is a tile of queries of one sequence: one query for a decode, `tile_q` of them for a chunk.
+Decodes and chunks go through the same kernel, with different tiles. The layout of the pool needs no
+change: a block is one contiguous DMA, and the rows of a head in it are whole TPU tiles.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from jpaged.pallas_kernels.paged_attention import mosaic_tpu_kernel
+from jpaged.pallas_kernels.paged_attention.mosaic_tpu_kernel import LANES, SUBLANES, Items, Tiling
+
+# Rows of 64 elements fill half a tile: XLA would copy the whole pool into such a layout each call.
+HEAD_DIMS = (128, 256)
+DTYPES = (jnp.bfloat16, jnp.float32)
+# Context of a tile, in bytes of K and V. Two tiles are held.
+TILE_BYTES = 4 * 2**20
+# Rows of logits a chunk's tile has for a KV head: queries times query heads.
+CHUNK_ROWS = 128
+# Context of a chunk's tile in tokens: its logits have to live in registers.
+CHUNK_TILE_KV = 512
+
+
+def unsupported_reasons(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: jax.typing.DTypeLike,
+) -> list[str]:
+    """Why the kernel cannot serve a problem on a TPU; empty if it can."""
+    reasons = []
+    if head_dim not in HEAD_DIMS:
+        reasons.append(f"needs head_dim in {HEAD_DIMS}, got {head_dim}")
+    if jnp.dtype(dtype) not in (jnp.dtype(t) for t in DTYPES):
+        reasons.append(f"needs bfloat16 or float32, got {jnp.dtype(dtype)}")
+    elif block_size % _tile_rows(dtype):
+        reasons.append(
+            f"needs blocks of a multiple of {_tile_rows(dtype)} tokens, got {block_size}"
+        )
+    if num_heads // num_kv_heads > CHUNK_ROWS:
+        reasons.append(f"takes up to {CHUNK_ROWS} query heads a KV head, got {num_heads}")
+    block_bytes = 2 * num_kv_heads * block_size * head_dim * jnp.dtype(dtype).itemsize
+    if block_bytes > TILE_BYTES:
+        reasons.append(f"takes blocks of up to {TILE_BYTES} bytes, got {block_bytes}")
+    return reasons
+
+
+def _tile_rows(dtype: jax.typing.DTypeLike) -> int:
+    """Rows of a TPU tile, which 16-bit elements share two by two."""
+    return SUBLANES * 4 // jnp.dtype(dtype).itemsize
+
+
+def choose_tiling(
+    *,
+    tile_q: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: jax.typing.DTypeLike,
+    tile_bytes: int = TILE_BYTES,
+) -> Tiling:
+    """How the kernel walks a problem; `tile_q` is 1 for decodes, else a power of two."""
+    group_size = num_heads // num_kv_heads
+    # Heads whose query rows fill the sublanes of a register together.
+    packed = max(
+        n
+        for n in range(1, num_kv_heads + 1)
+        if num_kv_heads % n == 0 and (n == 1 or n * tile_q * group_size <= SUBLANES)
+    )
+    padded_dim = max(head_dim, LANES)
+    token_bytes = 2 * num_kv_heads * padded_dim * jnp.dtype(dtype).itemsize
+    most = tile_bytes // token_bytes
+    if tile_q > 1:
+        most = min(most, CHUNK_TILE_KV)
+    blocks = min(LANES, max(1, most // block_size))
+    return Tiling(
+        tile_q=tile_q,
+        group_size=group_size,
+        num_kv_heads=num_kv_heads,
+        packed_heads=packed,
+        head_dim=head_dim,
+        block_size=block_size,
+        blocks=1 << (blocks.bit_length() - 1),
+    )
+
+
+def chunk_tile_q(group_size: int, max_query_len: int | None) -> int:
+    """Queries of a chunk's tile: a power of two, at least 8, so that rows fill sublanes."""
+    most = max(SUBLANES, CHUNK_ROWS // group_size)
+    if max_query_len is not None:
+        most = min(most, max(SUBLANES, 1 << (max_query_len - 1).bit_length()))
+    return 1 << (most.bit_length() - 1)
+
+
+def paged_attention(
+    q: Float[Array, "num_tokens num_heads head_dim"],
+    pool: Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"],
+    block_tables: Int32[Array, "num_seqs max_blocks"],
+    seq_lens: Int32[Array, " num_seqs"],
+    query_start_loc: Int32[Array, " num_seqs_plus_1"],
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    max_query_len: int | None = None,
+    interpret: Any = None,
+    tile_bytes: int = TILE_BYTES,
+) -> Float[Array, "num_tokens num_heads head_dim"]:
+    """See `jpaged.pallas_kernels.paged_attention`.
+
+    For tests, `interpret` takes `pltpu.InterpretParams`, and `tile_bytes` makes tiles small.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    _, _, num_kv_heads, block_size, _ = pool.shape
+    tiling_of = functools.partial(
+        choose_tiling,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=pool.dtype,
+        tile_bytes=tile_bytes,
+    )
+    tables = _table_rows(block_tables)
+    tile_qs = [1]
+    if max_query_len != 1 and num_tokens > 1:
+        tile_qs.append(chunk_tile_q(num_heads // num_kv_heads, max_query_len))
+    out = jnp.zeros_like(q)
+    for tile_q in tile_qs:
+        tiling = tiling_of(tile_q=tile_q)
+        batch = _cut(
+            seq_lens, query_start_loc, tiling, num_tokens=num_tokens, sliding_window=sliding_window
+        )
+        tiles = mosaic_tpu_kernel.attend(
+            _pack(q, batch, tiling),
+            pool,
+            tables,
+            batch.items,
+            tiling,
+            table_stride=tables.shape[0] // block_tables.shape[0],
+            scale=scale,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            interpret=interpret,
+        )
+        out = jnp.where(batch.is_mine[:, None, None], _unpack(tiles, batch, tiling), out)
+    return out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """The items of a batch, and which of its tokens they hold."""
+
+    items: Items
+    first_token: jax.Array  # i32[num_items]
+    is_mine: jax.Array  # bool[num_tokens]
+    item_of_token: jax.Array  # i32[num_tokens]
+    row_of_token: jax.Array  # i32[num_tokens]
+
+
+def _table_rows(block_tables: jax.Array) -> jax.Array:
+    """Tables in rows of as many ids as one copy into scalar memory takes: [rows, 1, LANES]."""
+    padded = jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % LANES)))
+    return padded.reshape(-1, 1, LANES)
+
+
+def _cut(seq_lens, query_start_loc, tiling, *, num_tokens, sliding_window) -> _Batch:
+    """Cuts the queries that this tiling serves into items, those that have work first."""
+    tile_q, tile_kv = tiling.tile_q, tiling.tile_kv
+    num_seqs = seq_lens.shape[0]
+    query_lens = query_start_loc[1:] - query_start_loc[:-1]
+    if tile_q == 1:
+        items_of_seq = jnp.where(query_lens == 1, 1, 0)
+        num_items = min(num_seqs, num_tokens)
+    else:
+        items_of_seq = jnp.where(query_lens > 1, -(-query_lens // tile_q), 0)
+        num_items = num_tokens // tile_q + min(num_seqs, num_tokens // 2)
+    end = jnp.cumsum(items_of_seq)
+    item = jnp.arange(num_items)
+    seq = jnp.searchsorted(end, item, side="right", method="compare_all")
+    is_item = item < end[-1]
+    seq = jnp.where(is_item, seq, 0)
+    first_row = (item - (end[seq] - items_of_seq[seq])) * tile_q
+    position = seq_lens[seq] - query_lens[seq] + first_row
+    context = jnp.minimum(seq_lens[seq], position + tile_q)
+    first_tile = jnp.zeros_like(seq)
+    if sliding_window is not None:
+        first_tile = jnp.maximum(position - sliding_window + 1, 0) // tile_kv
+    num_tiles = jnp.where(is_item, -(-context // tile_kv) - first_tile, 0)
+    items = Items(
+        seq=seq.astype(jnp.int32),
+        position=position.astype(jnp.int32),
+        context=context.astype(jnp.int32),
+        first_tile=first_tile.astype(jnp.int32),
+        last_tile=(first_tile + num_tiles - 1).astype(jnp.int32),
+        num_steps=jnp.sum(num_tiles, dtype=jnp.int32)[None],
+    )
+    token = jnp.arange(num_tokens)
+    seq_of_token = jnp.searchsorted(query_start_loc, token, side="right", method="compare_all") - 1
+    seq_of_token = jnp.clip(seq_of_token, 0, num_seqs - 1)
+    row = token - query_start_loc[seq_of_token]
+    return _Batch(
+        items=items,
+        first_token=jnp.where(is_item, query_start_loc[seq] + first_row, num_tokens),
+        is_mine=(items_of_seq[seq_of_token] > 0) & (token < query_start_loc[-1]),
+        item_of_token=end[seq_of_token] - items_of_seq[seq_of_token] + row // tile_q,
+        row_of_token=row % tile_q,
+    )
+
+
+def _pack(q: jax.Array, batch: _Batch, tiling: Tiling) -> jax.Array:
+    """Queries as the kernel reads them: [num_items, num_packs, rows, packed_heads * head_dim].
+
+    Heads of a pack lie in a block diagonal, so that one product with their keys side by side gives
+    the logits of each with its own keys only. Rows are ordered (head, query head, query).
+    """
+    t = tiling
+    token = batch.first_token[:, None] + jnp.arange(t.tile_q)
+    tiles = q.at[token].get(mode="fill", fill_value=0)  # [I, tile_q, H, D]
+    tiles = tiles.reshape(-1, t.tile_q, t.num_packs, t.packed_heads, t.group_size, t.head_dim)
+    tiles = jnp.einsum("iqphgd,hj->iphgqjd", tiles, jnp.eye(t.packed_heads, dtype=q.dtype))
+    tiles = tiles.reshape(-1, t.num_packs, t.used_rows, t.packed_heads * t.head_dim)
+    return jnp.pad(tiles, ((0, 0), (0, 0), (0, t.rows - t.used_rows), (0, 0)))
+
+
+def _unpack(tiles: jax.Array, batch: _Batch, tiling: Tiling) -> jax.Array:
+    """The outputs of each token, [num_tokens, num_heads, head_dim]: what `_pack` did, undone."""
+    t = tiling
+    tiles = tiles[:, :, : t.used_rows].reshape(
+        -1, t.num_packs, t.packed_heads, t.group_size, t.tile_q, t.packed_heads, t.head_dim
+    )
+    own = jnp.stack([tiles[:, :, h, :, :, h] for h in range(t.packed_heads)], axis=2)
+    own = jnp.moveaxis(own, 4, 1)  # [I, tile_q, packs, heads, G, D]
+    item = jnp.clip(batch.item_of_token, 0, own.shape[0] - 1)
+    rows = own[item, batch.row_of_token]
+    return rows.reshape(rows.shape[0], -1, t.head_dim)

@@ -1,0 +1,102 @@
+"""The TPU kernel, interpreted with the race detector."""
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_no_races, tpu_interpreter
+
+from jpaged.pallas_kernels import paged_attention
+from jpaged.pallas_kernels.paged_attention import mosaic_tpu, reference
+from jpaged.pallas_kernels.paged_attention.cases import CASES, Case, make
+
+# As test_paged_attention.py: sums in another order; rounded weights and outputs.
+TOLERANCES = {jnp.float32: 2e-5, jnp.bfloat16: 3e-2}
+# Tiles of 32 tokens, so that contexts take several of them.
+TILE_TOKENS = 32
+
+
+def _run(case, dtype, **options):
+    arrays = make(case, dtype)
+    options |= {
+        "scale": case.scale or case.head_dim**-0.5,
+        "sliding_window": case.sliding_window,
+        "soft_cap": case.soft_cap,
+    }
+    exact = {k: x.astype(jnp.float32) if k in ("q", "pool") else x for k, x in arrays.items()}
+    expected = reference.paged_attention(**exact, **options)
+    token_bytes = 2 * case.num_kv_heads * max(case.head_dim, 128) * jnp.dtype(dtype).itemsize
+    out = mosaic_tpu.paged_attention(
+        **arrays,
+        **options,
+        tile_bytes=max(TILE_TOKENS, case.block_size) * token_bytes,
+        interpret=tpu_interpreter(),
+    )
+    assert_no_races()
+    assert out.dtype == dtype
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), expected, atol=TOLERANCES[dtype], rtol=0
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_the_reference(case):
+    _run(case, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "block_size"),
+    [(32, 8, 128, 16), (9, 3, 64, 32), (4, 2, 256, 64), (6, 6, 128, 128), (16, 1, 128, 16)],
+)
+def test_shapes_of_models_in_bfloat16(num_heads, num_kv_heads, head_dim, block_size):
+    case = Case(
+        name="shape",
+        query_lens=(1, 9, 1),
+        seq_lens=(block_size + 1, 40, 70),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+    )
+    _run(case, jnp.bfloat16)
+
+
+def test_decodes_only():
+    _run(Case(name="d", query_lens=(1,) * 4, seq_lens=(1, 32, 33, 100)), jnp.float32)
+    _run(Case(name="hint", query_lens=(1,) * 3, seq_lens=(5, 64, 97)), jnp.float32, max_query_len=1)
+
+
+def test_nothing_to_do():
+    arrays = make(Case(name="none", query_lens=(0,), seq_lens=(0,), num_padding_tokens=3), "f4")
+    out = mosaic_tpu.paged_attention(**arrays, scale=1.0, interpret=tpu_interpreter())
+    assert not np.asarray(out).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"head_dim": 80}, r"needs head_dim in \(128, 256\), got 80"),
+        ({"dtype": jnp.float16}, "needs bfloat16 or float32, got float16"),
+        ({"block_size": 8}, "needs blocks of a multiple of 16 tokens, got 8"),
+        ({"num_heads": 1040}, "takes up to 128 query heads a KV head"),
+        ({"num_kv_heads": 40, "num_heads": 40, "head_dim": 256, "block_size": 128}, "blocks of up"),
+    ],
+)
+def test_reasons_against_a_problem(change, reason):
+    problem = {
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "block_size": 16,
+        "dtype": jnp.bfloat16,
+    }
+    assert not mosaic_tpu.unsupported_reasons(**problem)
+    (found,) = mosaic_tpu.unsupported_reasons(**{**problem, **change})
+    assert re.search(reason, found)
+
+
+def test_asked_for_where_it_cannot_run():
+    arrays = make(Case(name="v", query_lens=(1,), seq_lens=(9,)), jnp.float32)
+    with pytest.raises(NotImplementedError, match=r"mosaic_tpu cannot run here: .*not a TPU"):
+        paged_attention(**arrays, implementation="mosaic_tpu")
