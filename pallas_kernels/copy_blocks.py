@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from jpaged.pallas_kernels import registry
-from jpaged.pallas_kernels.mosaic_gpu import device_reasons
+from jpaged.pallas_kernels import mosaic_gpu, mosaic_tpu, registry
 
 
 def copy_blocks(
@@ -28,19 +27,32 @@ def copy_blocks(
         raise ValueError(f"src and dst must be [num_copies], got {src.shape=}, {dst.shape=}")
 
     def mosaic_gpu_reasons() -> list[str]:
-        if reasons := list(device_reasons()):
+        if reasons := list(mosaic_gpu.device_reasons()):
             return reasons
         from jpaged.pallas_kernels import copy_blocks_mosaic_gpu
 
         return copy_blocks_mosaic_gpu.unsupported_reasons(pool, src.shape[0])
 
+    def mosaic_tpu_reasons() -> list[str]:
+        if reasons := list(mosaic_tpu.device_reasons()):
+            return reasons
+        from jpaged.pallas_kernels import copy_blocks_mosaic_tpu
+
+        return copy_blocks_mosaic_tpu.unsupported_reasons(pool, src.shape[0])
+
     name = registry.choose(
-        "copy_blocks", implementation, {"mosaic_gpu": mosaic_gpu_reasons, "xla": list}
+        "copy_blocks",
+        implementation,
+        {"mosaic_gpu": mosaic_gpu_reasons, "mosaic_tpu": mosaic_tpu_reasons, "xla": list},
     )
     if name == "mosaic_gpu":
         from jpaged.pallas_kernels import copy_blocks_mosaic_gpu
 
         return copy_blocks_mosaic_gpu.copy_blocks(pool, src, dst)
+    if name == "mosaic_tpu":
+        from jpaged.pallas_kernels import copy_blocks_mosaic_tpu
+
+        return copy_blocks_mosaic_tpu.copy_blocks(pool, src, dst)
     return _xla(pool, src, dst)
 
 

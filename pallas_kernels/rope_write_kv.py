@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from jpaged.pallas_kernels import registry
+from jpaged.pallas_kernels import mosaic_gpu, mosaic_tpu, registry
 from jpaged.pallas_kernels.add_rms_norm import merge_partials
-from jpaged.pallas_kernels.mosaic_gpu import device_reasons
 from jpaged.pallas_kernels.write_kv import write_kv
 
 
@@ -47,14 +46,23 @@ def rope_write_kv(
     _check(pool, qkv, cos, sin, slot_mapping, num_heads)
 
     def mosaic_gpu_reasons() -> list[str]:
-        if reasons := list(device_reasons()):
+        if reasons := list(mosaic_gpu.device_reasons()):
             return reasons
         from jpaged.pallas_kernels import rope_write_kv_mosaic_gpu
 
         return rope_write_kv_mosaic_gpu.unsupported_reasons(pool, qkv.shape[-2])
 
+    def mosaic_tpu_reasons() -> list[str]:
+        if reasons := list(mosaic_tpu.device_reasons()):
+            return reasons
+        from jpaged.pallas_kernels import write_kv_mosaic_tpu
+
+        return write_kv_mosaic_tpu.unsupported_reasons(pool, qkv.shape[-2])
+
     name = registry.choose(
-        "rope_write_kv", implementation, {"mosaic_gpu": mosaic_gpu_reasons, "xla": list}
+        "rope_write_kv",
+        implementation,
+        {"mosaic_gpu": mosaic_gpu_reasons, "mosaic_tpu": mosaic_tpu_reasons, "xla": list},
     )
     if name == "mosaic_gpu":
         from jpaged.pallas_kernels import rope_write_kv_mosaic_gpu
@@ -62,18 +70,25 @@ def rope_write_kv(
         return rope_write_kv_mosaic_gpu.rope_write_kv(
             pool, qkv, cos, sin, slot_mapping, num_heads=num_heads
         )
-    return _xla(pool, qkv, cos, sin, slot_mapping, num_heads)
+    return _rotate_then_write(pool, qkv, cos, sin, slot_mapping, num_heads, name)
 
 
-def _xla(
-    pool: Array, qkv: Array, cos: Array, sin: Array, slot_mapping: Array, num_heads: int
+def _rotate_then_write(
+    pool: Array,
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    slot_mapping: Array,
+    num_heads: int,
+    implementation: registry.Implementation,
 ) -> tuple[Array, Array]:
+    """The rotation by XLA, which fuses it with its neighbours, and the write by a kernel or XLA."""
     num_kv_heads, _, head_dim = pool.shape[2:]
     if qkv.ndim == 3:
         qkv = merge_partials(qkv, pool.dtype)
     qkv = qkv.reshape(qkv.shape[0], -1, head_dim)
     q, k, v = jnp.split(qkv, [num_heads, num_heads + num_kv_heads], axis=1)
-    pool = write_kv(pool, rotate(k, cos, sin), v, slot_mapping, implementation="xla")
+    pool = write_kv(pool, rotate(k, cos, sin), v, slot_mapping, implementation=implementation)
     return pool, rotate(q, cos, sin)
 
 

@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from jpaged.pallas_kernels import registry
-from jpaged.pallas_kernels.mosaic_gpu import device_reasons
+from jpaged.pallas_kernels import mosaic_gpu, mosaic_tpu, registry
 
 
 def write_kv(
@@ -41,19 +40,32 @@ def write_kv(
         )
 
     def mosaic_gpu_reasons() -> list[str]:
-        if reasons := list(device_reasons()):
+        if reasons := list(mosaic_gpu.device_reasons()):
             return reasons
         from jpaged.pallas_kernels import write_kv_mosaic_gpu
 
         return write_kv_mosaic_gpu.unsupported_reasons(pool, k.shape[0])
 
+    def mosaic_tpu_reasons() -> list[str]:
+        if reasons := list(mosaic_tpu.device_reasons()):
+            return reasons
+        from jpaged.pallas_kernels import write_kv_mosaic_tpu
+
+        return write_kv_mosaic_tpu.unsupported_reasons(pool, k.shape[0])
+
     name = registry.choose(
-        "write_kv", implementation, {"mosaic_gpu": mosaic_gpu_reasons, "xla": list}
+        "write_kv",
+        implementation,
+        {"mosaic_gpu": mosaic_gpu_reasons, "mosaic_tpu": mosaic_tpu_reasons, "xla": list},
     )
     if name == "mosaic_gpu":
         from jpaged.pallas_kernels import write_kv_mosaic_gpu
 
         return write_kv_mosaic_gpu.write_kv(pool, k, v, slot_mapping)
+    if name == "mosaic_tpu":
+        from jpaged.pallas_kernels import write_kv_mosaic_tpu
+
+        return write_kv_mosaic_tpu.write_kv(pool, k, v, slot_mapping)
     return _xla(pool, k, v, slot_mapping)
 
 

@@ -13,13 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from jpaged.pallas_kernels.mosaic_tpu import LANES, SUBLANES, pool_reasons
 from jpaged.pallas_kernels.paged_attention import mosaic_tpu_kernel
-from jpaged.pallas_kernels.paged_attention.mosaic_tpu_kernel import LANES, SUBLANES, Items, Tiling
+from jpaged.pallas_kernels.paged_attention.mosaic_tpu_kernel import Items, Tiling
 
-# Rows of 64 elements fill half a tile: XLA would copy the whole pool into such a layout each call.
-HEAD_DIMS = (128, 256)
-DTYPES = (jnp.bfloat16, jnp.float32)
-# Context of a tile, in bytes of K and V. Two tiles are held.
+# Context of a tile, in bytes of K and V. Three tiles are held.
 TILE_BYTES = 4 * 2**20
 # Rows of logits a chunk's tile has for a KV head: queries times query heads.
 CHUNK_ROWS = 128
@@ -35,26 +33,13 @@ def unsupported_reasons(
     dtype: jax.typing.DTypeLike,
 ) -> list[str]:
     """Why the kernel cannot serve a problem on a TPU; empty if it can."""
-    reasons = []
-    if head_dim not in HEAD_DIMS:
-        reasons.append(f"needs head_dim in {HEAD_DIMS}, got {head_dim}")
-    if jnp.dtype(dtype) not in (jnp.dtype(t) for t in DTYPES):
-        reasons.append(f"needs bfloat16 or float32, got {jnp.dtype(dtype)}")
-    elif block_size % _tile_rows(dtype):
-        reasons.append(
-            f"needs blocks of a multiple of {_tile_rows(dtype)} tokens, got {block_size}"
-        )
+    reasons = pool_reasons(block_size, head_dim, dtype)
     if num_heads // num_kv_heads > CHUNK_ROWS:
         reasons.append(f"takes up to {CHUNK_ROWS} query heads a KV head, got {num_heads}")
     block_bytes = 2 * num_kv_heads * block_size * head_dim * jnp.dtype(dtype).itemsize
     if block_bytes > TILE_BYTES:
         reasons.append(f"takes blocks of up to {TILE_BYTES} bytes, got {block_bytes}")
     return reasons
-
-
-def _tile_rows(dtype: jax.typing.DTypeLike) -> int:
-    """Rows of a TPU tile, which 16-bit elements share two by two."""
-    return SUBLANES * 4 // jnp.dtype(dtype).itemsize
 
 
 def choose_tiling(

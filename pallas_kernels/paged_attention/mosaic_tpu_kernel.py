@@ -1,9 +1,8 @@
-"""The TPU kernel: one loop over all tiles of context of all items, each fetched a step ahead.
+"""The TPU kernel: one loop over all tiles of context of all items, each fetched two steps ahead.
 
-A step computes one tile, starts the DMAs of the next one's blocks, and starts the DMA of the block
-ids of the one after that into scalar memory, so that tables of any size stay in HBM. Steps run
-through the items without a gap: the first tile of an item arrives while the last one before it is
-computed.
+A step computes one tile while the next one arrives, starts the DMAs of the blocks of the one after
+that, and copies the block ids that the step after it needs into scalar memory: tables of any size
+stay in HBM. Steps run through the items without a gap, so that no item waits for its first tile.
 """
 
 import dataclasses
@@ -15,8 +14,13 @@ import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 from jax import lax
 
-LANES = 128
-SUBLANES = 8
+from jpaged.pallas_kernels.mosaic_tpu import LANES, SUBLANES
+
+# Tiles on their way while one is computed: with one, the engine would idle between its arrival and
+# the start of the next.
+AHEAD = 2
+# Items whose queries are held, a power of two above AHEAD.
+Q_SLOTS = 4
 VMEM_LIMIT_BYTES = 40 * 2**20
 # Finite, so that a row with nothing visible in a tile yields 0 and not inf - inf.
 _MASKED = -1e30
@@ -121,16 +125,16 @@ def attend(
         + [pl.BlockSpec(memory_space=pl.ANY)] * 3,
         out_specs=pl.BlockSpec(memory_space=pl.ANY),
         scratch_shapes=[
-            pltpu.VMEM((2, tiling.blocks, *pool.shape[1:]), pool.dtype),
+            pltpu.VMEM((AHEAD + 1, tiling.blocks, *pool.shape[1:]), pool.dtype),
             pltpu.SMEM((2, 1, LANES), jnp.int32),
-            pltpu.VMEM((2, *tile_shape), q.dtype),
+            pltpu.VMEM((Q_SLOTS, *tile_shape), q.dtype),
             pltpu.VMEM((2, *tile_shape), q.dtype),
             pltpu.VMEM(state, jnp.float32),
             pltpu.VMEM(state, jnp.float32),
             pltpu.VMEM(tile_shape, jnp.float32),
+            pltpu.SemaphoreType.DMA((AHEAD + 1,)),
             pltpu.SemaphoreType.DMA((2,)),
-            pltpu.SemaphoreType.DMA((2,)),
-            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.SemaphoreType.DMA((Q_SLOTS,)),
             pltpu.SemaphoreType.DMA((2,)),
         ],
         compiler_params=pltpu.CompilerParams(
@@ -172,10 +176,10 @@ class _Body:
         # Outputs
         out_ref,  # as q_ref
         # Scratch
-        kv_tiles,  # [2, blocks, 2, num_kv_heads, block_size, head_dim]
+        kv_tiles,  # [AHEAD + 1, blocks, 2, num_kv_heads, block_size, head_dim]
         table_tiles,  # i32[2, 1, LANES]
-        q_tiles,  # [2, num_packs, rows, packed_dim]
-        out_tiles,  # as q_tiles
+        q_tiles,  # [Q_SLOTS, num_packs, rows, packed_dim]
+        out_tiles,  # [2, num_packs, rows, packed_dim]
         max_ref,  # f32[num_packs, rows, LANES]: every lane the same
         sum_ref,  # as max_ref
         acc_ref,  # f32[num_packs, rows, packed_dim]
@@ -187,106 +191,108 @@ class _Body:
         t = self.tiling
         num_items = seq_ref.shape[0]
         num_steps = num_steps_ref[0]
-        ids_per_row = LANES // t.blocks
 
         def following(item, tile):
-            """The step after this one; what comes after the last one is never used."""
-            is_last = tile == last_tile_ref[jnp.minimum(item, num_items - 1)]
-            first_tile = first_tile_ref[jnp.minimum(item + 1, num_items - 1)]
+            """The step after this one; what comes after the last one has no work."""
+            is_last = tile == last_tile_ref[clamped(item)]
+            first_tile = first_tile_ref[clamped(item + 1)]
             return jnp.where(is_last, item + 1, item), jnp.where(is_last, first_tile, tile + 1)
 
+        def clamped(item):
+            return jnp.minimum(item, num_items - 1)
+
         def table_copy(step, item, tile):
-            row = seq_ref[item] * self.table_stride + lax.div(tile, jnp.int32(ids_per_row))
-            slot = lax.rem(step, jnp.int32(2))
+            row = seq_ref[clamped(item)] * self.table_stride
+            row += lax.div(tile, jnp.int32(LANES // t.blocks))
+            slot = step & 1
             return pltpu.make_async_copy(
                 tables_ref.at[row], table_tiles.at[slot], table_arrived.at[slot]
             )
 
         def q_copy(item):
-            slot = lax.rem(item, jnp.int32(2))
+            slot = item & (Q_SLOTS - 1)
             return pltpu.make_async_copy(q_ref.at[item], q_tiles.at[slot], q_arrived.at[slot])
 
         def out_copy(item):
-            slot = lax.rem(item, jnp.int32(2))
+            slot = item & 1
             return pltpu.make_async_copy(out_tiles.at[slot], out_ref.at[item], out_left.at[slot])
 
         def blocks_of(item, tile):
             """Blocks of a tile that hold context."""
-            tokens = context_ref[item] - tile * t.tile_kv
-            return jnp.minimum(
-                lax.div(tokens + t.block_size - 1, jnp.int32(t.block_size)), t.blocks
-            )
+            tokens = context_ref[clamped(item)] - tile * t.tile_kv
+            blocks = lax.div(tokens + t.block_size - 1, jnp.int32(t.block_size))
+            return jnp.minimum(blocks, t.blocks)
 
-        def start_block(slot, first_id, i):
-            block = table_tiles[slot, 0, first_id + i]
-            block = jnp.clip(block, 0, self.num_blocks - 1)
+        def start_block(step, kv_slot, tile, i):
+            first_id = lax.rem(tile, jnp.int32(LANES // t.blocks)) * t.blocks
+            block = table_tiles[step & 1, 0, first_id + i]
             pltpu.make_async_copy(
-                pool_ref.at[block], kv_tiles.at[slot, i], kv_arrived.at[slot]
+                pool_ref.at[block], kv_tiles.at[kv_slot, i], kv_arrived.at[kv_slot]
             ).start()
 
-        def start_tile(step, item, tile):
-            table_copy(step, item, tile).wait()
-            slot = lax.rem(step, jnp.int32(2))
-            first_id = lax.rem(tile, jnp.int32(ids_per_row)) * t.blocks
+        def prepare(step, item, tile):
+            """Has the ids of a step's blocks at hand, and its queries on the way."""
+
+            @pl.when(step < num_steps)
+            def _():
+                table_copy(step, item, tile).wait()
+
+                @pl.when(tile == first_tile_ref[item])
+                def _():
+                    q_copy(item).start()
+
+        def start_table(step, item, tile):
+            @pl.when(step < num_steps)
+            def _():
+                table_copy(step, item, tile).start()
+
+        def wait_for_blocks(kv_slot, item, tile):
             count = blocks_of(item, tile)
 
             @pl.when(count == t.blocks)
             def _():
-                for i in range(t.blocks):
-                    start_block(slot, first_id, i)
-
-            @pl.when(count < t.blocks)
-            def _():
-                lax.fori_loop(0, count, lambda i, _: start_block(slot, first_id, i), None)
-
-            @pl.when(tile == first_tile_ref[item])
-            def _():
-                q_copy(item).start()
-
-        def wait_tile(step, item, tile):
-            slot = lax.rem(step, jnp.int32(2))
-            count = blocks_of(item, tile)
-
-            @pl.when(count == t.blocks)
-            def _():
+                # One wait for as many bytes as all blocks have.
                 pltpu.make_async_copy(
-                    pool_ref.at[pl.ds(0, t.blocks)], kv_tiles.at[slot], kv_arrived.at[slot]
+                    pool_ref.at[pl.ds(0, t.blocks)], kv_tiles.at[kv_slot], kv_arrived.at[kv_slot]
                 ).wait()
 
             @pl.when(count < t.blocks)
             def _():
-                def wait_block(i, _):
+                @pl.loop(0, count)
+                def _(i):
                     pltpu.make_async_copy(
-                        pool_ref.at[0], kv_tiles.at[slot, i], kv_arrived.at[slot]
+                        pool_ref.at[0], kv_tiles.at[kv_slot, i], kv_arrived.at[kv_slot]
                     ).wait()
-
-                lax.fori_loop(0, count, wait_block, None)
 
             # Weights of 0 times what stands past the context would still be NaN where that is.
             end = context_ref[item] - tile * t.tile_kv
 
             @pl.when(end < t.tile_kv)
             def _():
-                def clear(i, _):
-                    v = kv_tiles[slot, i, 1]
+                @pl.loop(lax.div(end, jnp.int32(t.block_size)), t.blocks)
+                def _(i):
+                    v = kv_tiles[kv_slot, i, 1]
                     token = lax.broadcasted_iota(jnp.int32, v.shape, 1) + i * t.block_size
-                    kv_tiles[slot, i, 1] = jnp.where(token < end, v, jnp.zeros_like(v))
-
-                lax.fori_loop(lax.div(end, jnp.int32(t.block_size)), t.blocks, clear, None)
+                    kv_tiles[kv_slot, i, 1] = jnp.where(token < end, v, jnp.zeros_like(v))
 
         def step_body(step, carry):
-            item, tile, next_item, next_tile = carry
-            after_item, after_tile = following(next_item, next_tile)
+            (item, tile), coming, (ahead_item, ahead_tile), kv_slot = carry
+            ahead = step + AHEAD
+            after = following(ahead_item, ahead_tile)
+            start_table(ahead + 1, *after)
+            prepare(ahead, ahead_item, ahead_tile)
+            ahead_count = jnp.where(ahead < num_steps, blocks_of(ahead_item, ahead_tile), 0)
+            ahead_slot = jnp.where(kv_slot == 0, AHEAD, kv_slot - 1)
 
-            @pl.when(step + 2 < num_steps)
-            def _():
-                table_copy(step, after_item, after_tile).start()
+            def start_some_blocks(part):
+                # Predicated one by one, and not a branch around all: so they are issued beside the
+                # vector instructions of the products, at no cost of their own.
+                share = pl.cdiv(t.blocks, t.num_packs)
+                for i in range(part * share, min((part + 1) * share, t.blocks)):
 
-            @pl.when(step + 1 < num_steps)
-            def _():
-                start_tile(step + 1, next_item, next_tile)
-
-            q_slot = lax.rem(item, jnp.int32(2))
+                    @pl.when(i < ahead_count)
+                    def _(i=i):
+                        start_block(ahead, ahead_slot, ahead_tile, i)
 
             @pl.when(tile == first_tile_ref[item])
             def _():
@@ -295,15 +301,16 @@ class _Body:
                 sum_ref[...] = jnp.zeros_like(sum_ref)
                 acc_ref[...] = jnp.zeros_like(acc_ref)
 
-            wait_tile(step, item, tile)
+            wait_for_blocks(kv_slot, item, tile)
             self._attend_tile(
-                q_tiles.at[q_slot],
-                kv_tiles.at[lax.rem(step, jnp.int32(2))],
+                q_tiles.at[item & (Q_SLOTS - 1)],
+                kv_tiles.at[kv_slot],
                 max_ref,
                 sum_ref,
                 acc_ref,
                 position_ref[item],
                 tile * t.tile_kv,
+                start_some_blocks,
             )
 
             @pl.when(tile == last_tile_ref[item])
@@ -314,32 +321,42 @@ class _Body:
 
                 for pack in range(t.num_packs):
                     total = jnp.maximum(sum_ref[pack][:, :1], 1e-30)
-                    out_tiles[q_slot, pack] = (acc_ref[pack] / total).astype(out_tiles.dtype)
+                    out_tiles[item & 1, pack] = (acc_ref[pack] / total).astype(out_tiles.dtype)
                 out_copy(item).start()
 
-            return next_item, next_tile, after_item, after_tile
+            return (
+                coming,
+                (ahead_item, ahead_tile),
+                after,
+                jnp.where(kv_slot == AHEAD, 0, kv_slot + 1),
+            )
 
         @pl.when(num_steps > 0)
         def _():
             first = (jnp.int32(0), first_tile_ref[0])
-            table_copy(0, *first).start()
             second = following(*first)
+            third = following(*second)
+            start_table(jnp.int32(0), *first)
+            start_table(jnp.int32(1), *second)
+            for step, (item, tile) in enumerate((first, second)):
+                prepare(jnp.int32(step), item, tile)
 
-            start_tile(0, *first)
+                @pl.loop(0, jnp.where(step < num_steps, blocks_of(item, tile), 0))
+                def _(i, step=step, tile=tile):
+                    start_block(step, step, tile, i)
 
-            @pl.when(num_steps > 1)
+            start_table(jnp.int32(2), *third)
+            carry = (first, second, third, jnp.int32(0))
+            (end_item, _), _, _, _ = lax.fori_loop(0, num_steps, step_body, carry)
+            out_copy(end_item - 1).wait()
+
+            @pl.when(end_item >= 2)
             def _():
-                table_copy(1, *second).start()
+                out_copy(end_item - 2).wait()
 
-            last_item, _, _, _ = lax.fori_loop(0, num_steps, step_body, (*first, *second))
-            # The loop ends one item past the last.
-            out_copy(last_item - 1).wait()
-
-            @pl.when(last_item >= 2)
-            def _():
-                out_copy(last_item - 2).wait()
-
-    def _attend_tile(self, q_ref, kv_ref, max_ref, sum_ref, acc_ref, position, first_slot):
+    def _attend_tile(
+        self, q_ref, kv_ref, max_ref, sum_ref, acc_ref, position, first_slot, start_some_blocks
+    ):
         """Folds a tile of context into the running softmax of an item (Milakov and Gimelshein)."""
         t = self.tiling
         exact = lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
@@ -357,28 +374,42 @@ class _Body:
                 [kv_ref[:, kind, head].reshape(t.tile_kv, t.head_dim) for head in heads], axis=1
             )
 
+        # All products of a kind in a row: each waits long for its result, and none for another's.
+        logits = []
         for pack in range(t.num_packs):
-            logits = self.scale * lax.dot_general(
-                q_ref[pack],
-                heads_side_by_side(0, pack),
-                (((1,), (1,)), ((), ())),
-                preferred_element_type=jnp.float32,
-                precision=exact,
+            start_some_blocks(pack)
+            logits.append(
+                lax.dot_general(
+                    q_ref[pack],
+                    heads_side_by_side(0, pack),
+                    (((1,), (1,)), ((), ())),
+                    preferred_element_type=jnp.float32,
+                    precision=exact,
+                )
             )
+        weights, rescales = [], []
+        for pack in range(t.num_packs):
+            x = self.scale * logits[pack]
             if self.soft_cap is not None:
-                logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
-            logits = jnp.where(visible, logits, _MASKED)
+                x = self.soft_cap * jnp.tanh(x / self.soft_cap)
+            x = jnp.where(visible, x, _MASKED)
             old_max = max_ref[pack]
-            new_max = jnp.maximum(old_max, jnp.max(logits, axis=1, keepdims=True))
-            weights = jnp.exp(logits - new_max[:, :1])
+            new_max = jnp.maximum(old_max, jnp.max(x, axis=1, keepdims=True))
+            x = jnp.exp(x - new_max[:, :1])
             rescale = jnp.exp(old_max - new_max)
             max_ref[pack] = new_max
-            sum_ref[pack] = sum_ref[pack] * rescale + jnp.sum(weights, axis=1, keepdims=True)
-            v = heads_side_by_side(1, pack)
-            acc_ref[pack] = acc_ref[pack] * rescale[:, :1] + lax.dot_general(
-                weights.astype(v.dtype),
-                v,
+            sum_ref[pack] = sum_ref[pack] * rescale + jnp.sum(x, axis=1, keepdims=True)
+            weights.append(x.astype(kv_ref.dtype))
+            rescales.append(rescale[:, :1])
+        values = [
+            lax.dot_general(
+                weights[pack],
+                heads_side_by_side(1, pack),
                 (((1,), (0,)), ((), ())),
                 preferred_element_type=jnp.float32,
                 precision=exact,
             )
+            for pack in range(t.num_packs)
+        ]
+        for pack in range(t.num_packs):
+            acc_ref[pack] = acc_ref[pack] * rescales[pack] + values[pack]

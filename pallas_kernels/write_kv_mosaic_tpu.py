@@ -1,0 +1,180 @@
+"""The write into the pool on TPUs, in place.
+
+16-bit rows share registers two by two and tiles of HBM are written whole, so the unit is a window:
+the rows of all heads in one tile of a block. Windows are read, the step's rows put in, and written
+back, a batch of them at a time. Tokens are sorted by slot first: a window comes up once.
+"""
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.tpu as pltpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from jpaged.pallas_kernels.mosaic_tpu import pool_reasons, tile_rows
+
+# Windows on their way together: each batch waits for one read and one write.
+BATCH = 8
+# Tokens of a call: what is known of each lies in scalar memory.
+MAX_TOKENS = 16384
+VMEM_BYTES = 16 * 2**20
+
+
+def unsupported_reasons(pool: jax.Array, num_tokens: int) -> list[str]:
+    """Why the kernel cannot serve this problem on a TPU; empty if it can."""
+    reasons = pool_reasons(pool.shape[3], pool.shape[4], pool.dtype)
+    if not 1 <= num_tokens <= MAX_TOKENS:
+        reasons.append(f"takes 1 to {MAX_TOKENS} tokens, got {num_tokens}")
+    return reasons
+
+
+def write_kv(
+    pool: Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"],
+    k: Float[Array, "num_tokens num_kv_heads head_dim"],
+    v: Float[Array, "num_tokens num_kv_heads head_dim"],
+    slot_mapping: Int32[Array, " num_tokens"],
+    *,
+    interpret: Any = None,
+) -> Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"]:
+    """See `write_kv.write_kv`; `interpret` takes `pltpu.InterpretParams`.
+
+    Of two tokens with one slot the later one stays.
+    """
+    num_blocks, _, num_kv_heads, block_size, head_dim = pool.shape
+    rows = tile_rows(pool.dtype)
+    num_tokens = k.shape[0]
+    num_slots = num_blocks * block_size
+    out = num_slots  # where a slot outside the pool goes: behind all others
+    slots = jnp.where((slot_mapping >= 0) & (slot_mapping < num_slots), slot_mapping, out)
+    token = jnp.argsort(slots, stable=True).astype(jnp.int32)
+    slots = slots[token]
+    windows = slots // rows
+    is_first = (windows != jnp.roll(windows, 1).at[0].set(-1)) & (slots < out)
+    starts = jnp.nonzero(is_first, size=num_tokens + 1, fill_value=jnp.sum(slots < out))[0]
+    # A token's rows, each its own tile, so that they are spread over a window's without a relayout.
+    kv = jnp.stack([k, v], axis=1).astype(jnp.float32)[:, :, :, None]  # [T, 2, K, 1, D]
+
+    def body(*refs):
+        _write(*refs, rows=rows, windows_per_block=block_size // rows)
+
+    window_shape = (2, num_kv_heads, rows, head_dim)
+    return pl.pallas_call(
+        body,
+        out_shape=jax.ShapeDtypeStruct(pool.shape, pool.dtype),
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * 4
+        + [pl.BlockSpec(memory_space=pl.ANY)] * 2,
+        out_specs=pl.BlockSpec(memory_space=pl.ANY),
+        scratch_shapes=[
+            pltpu.VMEM((BATCH, *window_shape), pool.dtype),
+            pltpu.VMEM((BATCH, rows, *kv.shape[1:]), jnp.float32),
+            pltpu.SemaphoreType.DMA,
+            pltpu.SemaphoreType.DMA,
+            pltpu.SemaphoreType.DMA,
+        ],
+        input_output_aliases={5: 0},
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=2 * VMEM_BYTES),
+        interpret=False if interpret is None else interpret,
+        name="jpaged_write_kv",
+    )(
+        token,
+        slots.astype(jnp.int32),
+        starts.astype(jnp.int32),
+        jnp.sum(is_first, dtype=jnp.int32)[None],
+        kv,
+        pool,
+    )
+
+
+def _write(
+    # Inputs
+    token_ref,  # i32[num_tokens]: tokens in the order of their slots
+    slot_ref,  # i32[num_tokens]: and their slots
+    start_ref,  # i32[num_tokens + 1]: where each window begins in that order
+    num_windows_ref,  # i32[1]
+    kv_ref,  # f32[num_tokens, 2, num_kv_heads, 1, head_dim]
+    _,  # the pool, which the output is
+    # Outputs
+    pool_ref,  # [num_blocks, 2, num_kv_heads, block_size, head_dim]
+    # Scratch
+    windows,  # [BATCH, 2, num_kv_heads, rows, head_dim]
+    new_rows,  # f32[BATCH, rows, 2, num_kv_heads, 1, head_dim]
+    window_arrived,
+    row_arrived,
+    window_left,
+    *,
+    rows,
+    windows_per_block,
+):
+    num_windows = num_windows_ref[0]
+
+    def place(i):
+        """The window's part of the pool."""
+        window = lax.div(slot_ref[start_ref[i]], jnp.int32(rows))
+        block = lax.div(window, jnp.int32(windows_per_block))
+        first = pl.multiple_of(lax.rem(window, jnp.int32(windows_per_block)) * rows, rows)
+        return pool_ref.at[block, :, :, pl.ds(first, rows)]
+
+    def copy_in(i, n):
+        return pltpu.make_async_copy(place(i), windows.at[n], window_arrived)
+
+    def copy_out(i, n):
+        return pltpu.make_async_copy(windows.at[n], place(i), window_left)
+
+    def copy_row(position, n):
+        offset = lax.rem(slot_ref[position], jnp.int32(rows))
+        return pltpu.make_async_copy(
+            kv_ref.at[token_ref[position]], new_rows.at[n, offset], row_arrived
+        )
+
+    def for_each_row(i, act):
+        pl.loop(start_ref[i], start_ref[i + 1])(act)
+
+    def is_last_of_its_slot(position, end):
+        following = slot_ref[jnp.minimum(position + 1, slot_ref.shape[0] - 1)]
+        return (position + 1 == end) | (following != slot_ref[position])
+
+    @pl.loop(0, pl.cdiv(num_windows, BATCH))
+    def _(batch):
+        first = batch * BATCH
+        count = jnp.minimum(num_windows - first, BATCH)
+
+        @pl.loop(0, count)
+        def _(n):
+            copy_in(first + n, n).start()
+
+            def start(position):
+                @pl.when(is_last_of_its_slot(position, start_ref[first + n + 1]))
+                def _():
+                    copy_row(position, n).start()
+
+            for_each_row(first + n, start)
+
+        @pl.loop(0, count)
+        def _(n):
+            copy_in(first + n, n).wait()
+
+            def wait(position):
+                @pl.when(is_last_of_its_slot(position, start_ref[first + n + 1]))
+                def _():
+                    copy_row(position, n).wait()
+
+            for_each_row(first + n, wait)
+
+        @pl.loop(0, count)
+        def _(n):
+            def put(position):
+                offset = lax.rem(slot_ref[position], jnp.int32(rows))
+                old = windows[n].astype(jnp.float32)
+                row = lax.broadcasted_iota(jnp.int32, old.shape, 2)
+                new = jnp.broadcast_to(new_rows[n, offset], old.shape)
+                windows[n] = jnp.where(row == offset, new, old).astype(windows.dtype)
+
+            for_each_row(first + n, put)
+            copy_out(first + n, n).start()
+
+        @pl.loop(0, count)
+        def _(n):
+            copy_out(first + n, n).wait()
