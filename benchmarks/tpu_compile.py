@@ -1,0 +1,180 @@
+"""Compiles the TPU kernels for TPUs that are not there, by the package `libtpu` on any Linux host.
+
+    python -m benchmarks.tpu_compile --chip v6e [--only attention_decode_16] [--dump DIR]
+
+Prints one JSON object a kernel: seconds of compilation, temporary and aliased bytes. A process
+compiles for one generation, since libtpu reads its environment once.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# Topology and what libtpu calls its machine.
+CHIPS = {
+    "v5e": ("v5e:2x2", "v5litepod-4"),
+    "v5p": ("v5p:2x2x1", "v5p-8"),
+    "v6e": ("v6e:2x2", "v6e-4"),
+    "tpu7x": ("tpu7x:2x2x1", "tpu7x-8"),
+}
+BLOCK_SIZES = (16, 32, 64, 128)
+# Schedules that tell cycles, and no other of some seventy passes.
+_PASSES = ".*(final|packed-bundles-post-ra|delay).*"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A function to compile: shapes and dtypes of its arguments, and which is updated in place."""
+
+    name: str
+    make: Callable[[], Callable]
+    args: tuple[tuple[tuple[int, ...], str], ...]
+    donated: int | None = None
+
+
+def _attention(**options: Any) -> Callable:
+    from jpaged.pallas_kernels.paged_attention import mosaic_tpu
+
+    return functools.partial(mosaic_tpu.paged_attention, scale=0.1, **options)
+
+
+def _write_kv() -> Callable:
+    from jpaged.pallas_kernels import write_kv_mosaic_tpu
+
+    return write_kv_mosaic_tpu.write_kv
+
+
+def _copy_blocks() -> Callable:
+    from jpaged.pallas_kernels import copy_blocks_mosaic_tpu
+
+    return copy_blocks_mosaic_tpu.copy_blocks
+
+
+def _attention_problem(
+    name: str,
+    *,
+    heads: tuple[int, int] = (32, 8),
+    head_dim: int = 128,
+    block_size: int = 16,
+    num_tokens: int = 64,
+    num_seqs: int = 64,
+    max_blocks: int = 256,
+    **options: Any,
+) -> Problem:
+    pool = (2048, 2, heads[1], block_size, head_dim)
+    return Problem(
+        name=name,
+        make=lambda: _attention(**options),
+        args=(
+            ((num_tokens, heads[0], head_dim), "bfloat16"),
+            (pool, "bfloat16"),
+            ((num_seqs, max_blocks), "int32"),
+            ((num_seqs,), "int32"),
+            ((num_seqs + 1,), "int32"),
+        ),
+    )
+
+
+def problems() -> Iterator[Problem]:
+    """What has to compile: 32 query and 8 KV heads, head_dim 128, block_size 16 unless named."""
+    decode = functools.partial(_attention_problem, max_query_len=1)
+    mixed = functools.partial(_attention_problem, num_tokens=2048, num_seqs=16)
+    for size in BLOCK_SIZES:
+        yield decode(f"attention_decode_{size}", block_size=size)
+    yield mixed("attention_mixed")
+    yield mixed("attention_mixed_window_soft_cap", sliding_window=1024, soft_cap=30.0)
+    yield mixed("attention_3_kv_heads", heads=(24, 3), block_size=32)
+    yield mixed("attention_one_query_head_each", heads=(8, 8), block_size=128)
+    yield mixed("attention_head_dim_256", heads=(16, 8), head_dim=256, block_size=32)
+    yield decode("attention_million_block_ids", max_blocks=1_000_000 // 64)
+    for size in (16, 128):
+        pool = ((2048, 2, 8, size, 128), "bfloat16")
+        for num_tokens in (64, 2048):
+            rows = ((num_tokens, 8, 128), "bfloat16")
+            yield Problem(
+                name=f"write_kv_{size}_of_{num_tokens}_tokens",
+                make=_write_kv,
+                args=(pool, rows, rows, ((num_tokens,), "int32")),
+                donated=0,
+            )
+        ids = ((16,), "int32")
+        yield Problem(
+            name=f"copy_blocks_{size}", make=_copy_blocks, args=(pool, ids, ids), donated=0
+        )
+
+
+def prepare(chip: str, dump: str | None = None, kernel: str = "jpaged_attention.1") -> None:
+    """Sets what libtpu reads as it is loaded; before JAX starts.
+
+    Args:
+        chip: One of `CHIPS`.
+        dump: Where to write the schedules of `kernel`, an instruction's exact name.
+        kernel: See `dump`.
+
+    Raises:
+        RuntimeError: libtpu is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise RuntimeError("needs the TPU compiler: pip install libtpu")
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_ACCELERATOR_TYPE=CHIPS[chip][1],
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        JAX_PLATFORMS="cpu",
+        JAX_ENABLE_COMPILATION_CACHE="false",
+    )
+    if dump is not None:
+        os.environ["LIBTPU_INIT_ARGS"] = (
+            f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
+            f"--xla_jf_dump_only_matching_hlo={kernel} "
+            f"--xla_jf_dump_llo_pass_label_regex={_PASSES}"
+        )
+
+
+def compile_problem(problem: Problem, chip: str) -> dict[str, Any]:
+    """Compiles a problem for one chip and says what came out; `prepare` must have been called."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0])
+    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    args = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in problem.args]
+    start = time.perf_counter()
+    donated = () if problem.donated is None else problem.donated
+    step = jax.jit(problem.make(), donate_argnums=donated)
+    compiled = step.trace(*args).lower(lowering_platforms=("tpu",)).compile()
+    seconds = time.perf_counter() - start
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return {
+        "chip": chip,
+        "kernel": problem.name,
+        "compile_s": round(seconds, 2),
+        "temp_bytes": analysis.temp_size_in_bytes,
+        "alias_bytes": analysis.alias_size_in_bytes,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--chip", choices=CHIPS, required=True)
+    parser.add_argument("--only", nargs="*", help="names of problems; all if left out")
+    parser.add_argument("--dump", help="where to write the attention kernel's schedules")
+    arguments = parser.parse_args()
+    prepare(arguments.chip, arguments.dump)
+    for problem in problems():
+        if not arguments.only or problem.name in arguments.only:
+            print(json.dumps(compile_problem(problem, arguments.chip)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
