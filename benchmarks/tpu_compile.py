@@ -30,12 +30,13 @@ _PASSES = ".*(final|packed-bundles-post-ra|delay).*"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A function to compile: shapes and dtypes of its arguments, and which is updated in place."""
+    """A function to compile: its arguments, which one is updated in place, the kernel to dump."""
 
     name: str
     make: Callable[[], Callable]
     args: tuple[tuple[tuple[int, ...], str], ...]
     donated: int | None = None
+    kernel: str = "jpaged_attention_decode.1"
 
 
 def _attention(**options: Any) -> Callable:
@@ -88,6 +89,10 @@ def problems() -> Iterator[Problem]:
     for size in BLOCK_SIZES:
         yield decode(f"attention_decode_{size}", block_size=size)
     yield mixed("attention_mixed")
+    yield dataclasses.replace(
+        mixed("attention_chunk", num_seqs=1, max_blocks=512),
+        kernel="jpaged_attention_chunks.1",
+    )
     yield mixed("attention_mixed_window_soft_cap", sliding_window=1024, soft_cap=30.0)
     yield mixed("attention_3_kv_heads", heads=(24, 3), block_size=32)
     yield mixed("attention_one_query_head_each", heads=(8, 8), block_size=128)
@@ -109,7 +114,51 @@ def problems() -> Iterator[Problem]:
         )
 
 
-def prepare(chip: str, dump: str | None = None, kernel: str = "jpaged_attention.1") -> None:
+def peers() -> Iterator[Problem]:
+    """JAX's own kernels, decoding as `attention_decode_16` and `_128` do."""
+    q, ids = ((64, 32, 128), "bfloat16"), "int32"
+    for size, pages in ((16, 32), (128, 8)):
+        pages_of = 4096 // size
+        half = ((8, 2048, size, 128), "bfloat16")
+        yield Problem(
+            name=f"jax_paged_attention_{size}_by_{pages}",
+            make=functools.partial(_jax_paged_attention, pages),
+            args=(q, half, half, ((64,), ids), ((64, pages_of), ids)),
+            kernel="paged_attention.1",
+        )
+        yield Problem(
+            name=f"jax_ragged_paged_attention_{size}_by_{pages}",
+            make=functools.partial(_jax_ragged_paged_attention, pages),
+            args=(
+                q,
+                ((2048, size, 16, 128), "bfloat16"),
+                ((64,), ids),
+                ((64, pages_of), ids),
+                ((65,), ids),
+                ((1,), ids),
+            ),
+            kernel="ragged_paged_attention_kernel.1",
+        )
+
+
+def _jax_paged_attention(pages: int) -> Callable:
+    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+
+    return functools.partial(paged_attention, pages_per_compute_block=pages)
+
+
+def _jax_ragged_paged_attention(pages: int) -> Callable:
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+    return functools.partial(
+        ragged_paged_attention,
+        num_kv_pages_per_block=pages,
+        num_queries_per_block=8,
+        vmem_limit_bytes=64 * 2**20,
+    )
+
+
+def prepare(chip: str, dump: str | None = None, kernel: str = "") -> None:
     """Sets what libtpu reads as it is loaded; before JAX starts.
 
     Args:
@@ -151,7 +200,8 @@ def compile_problem(problem: Problem, chip: str) -> dict[str, Any]:
     start = time.perf_counter()
     donated = () if problem.donated is None else problem.donated
     step = jax.jit(problem.make(), donate_argnums=donated)
-    compiled = step.trace(*args).lower(lowering_platforms=("tpu",)).compile()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # where JAX's kernels find their chip
+        compiled = step.trace(*args).lower(lowering_platforms=("tpu",)).compile()
     seconds = time.perf_counter() - start
     analysis = compiled.memory_analysis()
     assert analysis is not None
@@ -167,13 +217,17 @@ def compile_problem(problem: Problem, chip: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--chip", choices=CHIPS, required=True)
-    parser.add_argument("--only", nargs="*", help="names of problems; all if left out")
-    parser.add_argument("--dump", help="where to write the attention kernel's schedules")
+    parser.add_argument("--only", nargs="*", help="names of problems; all of ours if left out")
+    parser.add_argument("--dump", help="where to write the schedules of the one kernel of --only")
     arguments = parser.parse_args()
-    prepare(arguments.chip, arguments.dump)
-    for problem in problems():
-        if not arguments.only or problem.name in arguments.only:
-            print(json.dumps(compile_problem(problem, arguments.chip)), flush=True)
+    chosen = list(problems())
+    if arguments.only:
+        chosen = [p for p in (*chosen, *peers()) if p.name in arguments.only]
+    if arguments.dump and len(chosen) != 1:
+        parser.error("--dump needs --only with one known name")
+    prepare(arguments.chip, arguments.dump, chosen[0].kernel if arguments.dump else "")
+    for problem in chosen:
+        print(json.dumps(compile_problem(problem, arguments.chip)), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,11 @@ from jpaged.pallas_kernels.paged_attention.mosaic_tpu_kernel import Items, Tilin
 # Context of a tile, in bytes of K and V. Three tiles are held.
 TILE_BYTES = 4 * 2**20
 # Rows of logits a chunk's tile has for a KV head: queries times query heads.
-CHUNK_ROWS = 128
-# Context of a chunk's tile in tokens: its logits have to live in registers.
+CHUNK_ROWS = 512
+# Elements of all queries of a chunk's tile: four tiles of them, and three f32 states, are in VMEM.
+CHUNK_ELEMENTS = 4096 * 128
+# Context of a chunk's tile in tokens. By the static schedule on v6e a query takes two thirds of
+# the cycles it takes in tiles of 128 rows.
 CHUNK_TILE_KV = 512
 
 
@@ -34,8 +37,9 @@ def unsupported_reasons(
 ) -> list[str]:
     """Why the kernel cannot serve a problem on a TPU; empty if it can."""
     reasons = pool_reasons(block_size, head_dim, dtype)
-    if num_heads // num_kv_heads > CHUNK_ROWS:
-        reasons.append(f"takes up to {CHUNK_ROWS} query heads a KV head, got {num_heads}")
+    if num_heads * head_dim * SUBLANES > CHUNK_ELEMENTS:
+        most = CHUNK_ELEMENTS // (SUBLANES * head_dim)
+        reasons.append(f"takes up to {most} query heads, got {num_heads}")
     block_bytes = 2 * num_kv_heads * block_size * head_dim * jnp.dtype(dtype).itemsize
     if block_bytes > TILE_BYTES:
         reasons.append(f"takes blocks of up to {TILE_BYTES} bytes, got {block_bytes}")
@@ -77,12 +81,14 @@ def choose_tiling(
     )
 
 
-def chunk_tile_q(group_size: int, max_query_len: int | None) -> int:
+def chunk_tile_q(
+    num_heads: int, num_kv_heads: int, head_dim: int, max_query_len: int | None
+) -> int:
     """Queries of a chunk's tile: a power of two, at least 8, so that rows fill sublanes."""
-    most = max(SUBLANES, CHUNK_ROWS // group_size)
+    most = min(CHUNK_ROWS * num_kv_heads // num_heads, CHUNK_ELEMENTS // (num_heads * head_dim))
     if max_query_len is not None:
-        most = min(most, max(SUBLANES, 1 << (max_query_len - 1).bit_length()))
-    return 1 << (most.bit_length() - 1)
+        most = min(most, 1 << (max_query_len - 1).bit_length())
+    return 1 << (max(SUBLANES, most).bit_length() - 1)
 
 
 def paged_attention(
@@ -117,7 +123,7 @@ def paged_attention(
     tables = _table_rows(block_tables)
     tile_qs = [1]
     if max_query_len != 1 and num_tokens > 1:
-        tile_qs.append(chunk_tile_q(num_heads // num_kv_heads, max_query_len))
+        tile_qs.append(chunk_tile_q(num_heads, num_kv_heads, head_dim, max_query_len))
     out = jnp.zeros_like(q)
     for tile_q in tile_qs:
         tiling = tiling_of(tile_q=tile_q)

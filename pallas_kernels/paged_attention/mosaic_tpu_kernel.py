@@ -6,6 +6,7 @@ stay in HBM. Steps run through the items without a gap, so that no item waits fo
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ AHEAD = 2
 # Items whose queries are held, a power of two above AHEAD.
 Q_SLOTS = 4
 VMEM_LIMIT_BYTES = 40 * 2**20
+# Of decodes and of chunks, in profiles and dumps.
+KERNEL_NAMES = ("jpaged_attention_decode", "jpaged_attention_chunks")
 # Finite, so that a row with nothing visible in a tile yields 0 and not inf - inf.
 _MASKED = -1e30
 _MAX_START = -1e20
@@ -141,7 +144,7 @@ def attend(
             disable_bounds_checks=True, vmem_limit_bytes=VMEM_LIMIT_BYTES
         ),
         interpret=False if interpret is None else interpret,
-        name="jpaged_attention",
+        name=KERNEL_NAMES[tiling.tile_q > 1],
     )
     return call(*scalars, q, pool, tables)
 
@@ -156,10 +159,6 @@ class _Body:
     scale: float
     sliding_window: int | None
     soft_cap: float | None
-
-    @property
-    def __name__(self) -> str:
-        return "jpaged_attention"
 
     def __call__(
         self,
@@ -181,7 +180,7 @@ class _Body:
         q_tiles,  # [Q_SLOTS, num_packs, rows, packed_dim]
         out_tiles,  # [2, num_packs, rows, packed_dim]
         max_ref,  # f32[num_packs, rows, LANES]: every lane the same
-        sum_ref,  # as max_ref
+        sum_ref,  # as max_ref, but the sum is that of all lanes
         acc_ref,  # f32[num_packs, rows, packed_dim]
         kv_arrived,
         table_arrived,
@@ -320,7 +319,8 @@ class _Body:
                     out_copy(item - 2).wait()
 
                 for pack in range(t.num_packs):
-                    total = jnp.maximum(sum_ref[pack][:, :1], 1e-30)
+                    total = jnp.sum(sum_ref[pack], axis=1, keepdims=True)
+                    total = jnp.maximum(total, 1e-30)
                     out_tiles[item & 1, pack] = (acc_ref[pack] / total).astype(out_tiles.dtype)
                 out_copy(item).start()
 
@@ -374,42 +374,67 @@ class _Body:
                 [kv_ref[:, kind, head].reshape(t.tile_kv, t.head_dim) for head in heads], axis=1
             )
 
-        # All products of a kind in a row: each waits long for its result, and none for another's.
-        logits = []
-        for pack in range(t.num_packs):
+        def logits_of(pack):
             start_some_blocks(pack)
-            logits.append(
-                lax.dot_general(
-                    q_ref[pack],
-                    heads_side_by_side(0, pack),
-                    (((1,), (1,)), ((), ())),
-                    preferred_element_type=jnp.float32,
-                    precision=exact,
-                )
+            return lax.dot_general(
+                q_ref[pack],
+                heads_side_by_side(0, pack),
+                (((1,), (1,)), ((), ())),
+                preferred_element_type=jnp.float32,
+                precision=exact,
             )
-        weights, rescales = [], []
-        for pack in range(t.num_packs):
-            x = self.scale * logits[pack]
+
+        def weights_of(pack, x):
+            x = self.scale * x
             if self.soft_cap is not None:
                 x = self.soft_cap * jnp.tanh(x / self.soft_cap)
             x = jnp.where(visible, x, _MASKED)
             old_max = max_ref[pack]
             new_max = jnp.maximum(old_max, jnp.max(x, axis=1, keepdims=True))
-            x = jnp.exp(x - new_max[:, :1])
+            x = jnp.exp(x - _widened(new_max, t.tile_kv))
             rescale = jnp.exp(old_max - new_max)
             max_ref[pack] = new_max
-            sum_ref[pack] = sum_ref[pack] * rescale + jnp.sum(x, axis=1, keepdims=True)
-            weights.append(x.astype(kv_ref.dtype))
-            rescales.append(rescale[:, :1])
-        values = [
-            lax.dot_general(
-                weights[pack],
+            sum_ref[pack] = sum_ref[pack] * rescale + _folded(x)
+            return x.astype(kv_ref.dtype), rescale
+
+        def add_values(pack, weights, rescale):
+            values = lax.dot_general(
+                weights,
                 heads_side_by_side(1, pack),
                 (((1,), (0,)), ((), ())),
                 preferred_element_type=jnp.float32,
                 precision=exact,
             )
-            for pack in range(t.num_packs)
-        ]
-        for pack in range(t.num_packs):
-            acc_ref[pack] = acc_ref[pack] * rescales[pack] + values[pack]
+            acc_ref[pack] = acc_ref[pack] * _widened(rescale, values.shape[1]) + values
+
+        packs = range(t.num_packs)
+        if t.tile_q == 1:
+            # All products of a kind in a row: each waits long for its result, none for another's.
+            logits = [logits_of(pack) for pack in packs]
+            weights = [weights_of(pack, logits[pack]) for pack in packs]
+            for pack in packs:
+                add_values(pack, *weights[pack])
+        else:
+            # Logits of two packs at a time are what registers can hold.
+            coming = logits_of(0)
+            for pack in packs:
+                logits = coming
+                if pack + 1 < t.num_packs:
+                    coming = logits_of(pack + 1)
+                add_values(pack, *weights_of(pack, logits))
+
+
+def _widened(x: jax.Array, columns: int) -> jax.Array:
+    """Rows whose lanes are all the same, [rows, LANES], with another number of columns."""
+    if columns <= LANES:
+        return x[:, :columns]
+    return jnp.concatenate([x] * (columns // LANES), axis=1)
+
+
+def _folded(x: jax.Array) -> jax.Array:
+    """Rows summed to [rows, LANES] with no exchange between lanes, where they are wide enough."""
+    if x.shape[1] < LANES:
+        lane = lax.broadcasted_iota(jnp.int32, (x.shape[0], LANES), 1)
+        return jnp.where(lane == 0, jnp.sum(x, axis=1, keepdims=True), 0.0)
+    pieces = [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)]
+    return functools.reduce(jnp.add, pieces)

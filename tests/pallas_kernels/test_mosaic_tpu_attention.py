@@ -79,7 +79,7 @@ def test_nothing_to_do():
         ({"head_dim": 80}, r"needs head_dim in \(128, 256\), got 80"),
         ({"dtype": jnp.float16}, "needs bfloat16 or float32, got float16"),
         ({"block_size": 8}, "needs blocks of a multiple of 16 tokens, got 8"),
-        ({"num_heads": 1040}, "takes up to 128 query heads a KV head"),
+        ({"num_heads": 1040}, "takes up to 512 query heads, got 1040"),
         ({"num_kv_heads": 40, "num_heads": 40, "head_dim": 256, "block_size": 128}, "blocks of up"),
     ],
 )
