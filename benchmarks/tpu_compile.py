@@ -68,7 +68,7 @@ def _attention_problem(
     max_blocks: int = 256,
     **options: Any,
 ) -> Problem:
-    pool = (2048, 2, heads[1], block_size, head_dim)
+    pool = (8192, 2, heads[1], block_size, head_dim)
     return Problem(
         name=name,
         make=lambda: _attention(**options),
