@@ -251,9 +251,8 @@ class _Body:
             @pl.when(count == t.blocks)
             def _():
                 # One wait for as many bytes as all blocks have.
-                pltpu.make_async_copy(
-                    pool_ref.at[pl.ds(0, t.blocks)], kv_tiles.at[kv_slot], kv_arrived.at[kv_slot]
-                ).wait()
+                tile_ref = kv_tiles.at[kv_slot]
+                pltpu.make_async_copy(tile_ref, tile_ref, kv_arrived.at[kv_slot]).wait()
 
             @pl.when(count < t.blocks)
             def _():
