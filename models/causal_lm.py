@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jpaged.models import sharding
 from jpaged.models.attention import AttentionMetadata
 from jpaged.models.config import ModelConfig
 from jpaged.models.registry import resolve_architecture
@@ -21,21 +22,53 @@ Params: TypeAlias = dict[str, Any]
 class CausalLM:
     """A model without its weights; the weights are the `params` argument of its methods.
 
+    With a `tensor_parallel_size` above 1 the methods are to be called in a `jax.shard_map` over the
+    mesh axis `sharding.MODEL_AXIS`, with a device's share of parameters and pools.
+
     Attributes:
         config: the model's shape.
         dtype: dtype of weights and of the residual stream.
-        abstract_params: the parameter tree with a shape and dtype at each leaf.
+        tensor_parallel_size: devices that hold a share each.
+        local_config: the shape of one share.
+        abstract_params: the parameter tree with the shape of all shares and a dtype at each leaf.
+        param_specs: how each parameter lies over the devices.
+
+    Raises:
+        ValueError: The model cannot be cut into so many shares.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: jax.typing.DTypeLike = jnp.float32):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        tensor_parallel_size: int = 1,
+    ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.tensor_parallel_size = tensor_parallel_size
+        self.local_config = sharding.local_config(config, tensor_parallel_size)
+        self._axis = sharding.MODEL_AXIS if tensor_parallel_size > 1 else None
         self._family = resolve_architecture(config.architecture)
-        self._graphdef, state = nnx.split(
-            nnx.eval_shape(lambda: self._family(config, dtype=self.dtype))
+        share = nnx.eval_shape(
+            lambda: self._family(self.local_config, dtype=self.dtype, axis=self._axis)
         )
+        self._graphdef, state = nnx.split(share)
         self._treedef = jax.tree.structure(state)
-        self.abstract_params: Params = _plain(nnx.to_pure_dict(state))
+        local = _plain(nnx.to_pure_dict(state))
+        self.param_specs: Params = jax.tree_util.tree_map_with_path(
+            lambda path, _: sharding.param_spec(path_keys(path)), local
+        )
+        self.abstract_params: Params = jax.tree.map(self._whole, local, self.param_specs)
+
+    def _whole(
+        self, share: jax.ShapeDtypeStruct, spec: jax.sharding.PartitionSpec
+    ) -> jax.ShapeDtypeStruct:
+        shape = list(share.shape)
+        for axis, name in enumerate(spec):
+            if name is not None:
+                shape[axis] *= self.tensor_parallel_size
+        return jax.ShapeDtypeStruct(tuple(shape), share.dtype)
 
     def hidden_states(
         self,
@@ -54,9 +87,18 @@ class CausalLM:
     def logits(
         self, params: Params, hidden: Float[Array, "num_rows hidden_size"]
     ) -> Float[Array, "num_rows vocab_size"]:
-        """Returns f32 logits of the given rows of the stream."""
+        """Returns f32 logits of the given rows of the stream, over the whole vocabulary."""
         head = params["embed_tokens" if self.config.tie_word_embeddings else "lm_head"]
-        return self._family.project(hidden, head["weight"])
+        logits = self._family.project(hidden, head["weight"])
+        if self._axis is None:
+            return logits
+        whole = jax.lax.all_gather(logits, self._axis, axis=1, tiled=True)
+        return whole[:, : self.config.vocab_size]
+
+
+def path_keys(path: tuple[Any, ...]) -> list[str]:
+    """Returns a path of a parameter tree as the names and numbers on it."""
+    return [str(getattr(entry, "key", getattr(entry, "idx", ""))) for entry in path]
 
 
 def _plain(tree: Any) -> Any:

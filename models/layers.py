@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jpaged.models.attention import AttentionMetadata
 from jpaged.models.config import ModelConfig
@@ -40,18 +40,37 @@ def matmul(x: Array, w: Array, *, contract: tuple[int, int] = (1, 0)) -> Array:
 
 
 class Linear(nnx.Module):
-    """A projection `x @ kernel (+ bias)`."""
+    """A projection `x @ kernel (+ bias)`.
 
-    def __init__(self, size_in: int, size_out: int, *, bias: bool, dtype: jax.typing.DTypeLike):
+    With `sum_over`, a mesh axis, x and kernel are a device's share of the contraction, and what all
+    devices get is the sum over them.
+    """
+
+    def __init__(
+        self,
+        size_in: int,
+        size_out: int,
+        *,
+        bias: bool,
+        dtype: jax.typing.DTypeLike,
+        sum_over: str | None = None,
+    ):
         self.kernel = nnx.Param(jnp.zeros((size_in, size_out), dtype))
         self.bias = nnx.Param(jnp.zeros((size_out,), dtype)) if bias else None
+        self.sum_over = sum_over
 
     def __call__(self, x: Float[Array, "num_tokens size_in"]) -> Float[Array, "num_tokens out"]:
         """Returns the projection of x, in x's dtype."""
+        if self.sum_over is not None:
+            out = jax.lax.psum(linear(x, self.kernel[...]), self.sum_over)
+        elif self.bias is not None:
+            out = linear(x, self.kernel[...], out_dtype=jnp.float32)
+        else:
+            out = linear(x, self.kernel[...])
         if self.bias is None:
-            return linear(x, self.kernel[...])
-        out = linear(x, self.kernel[...], out_dtype=jnp.float32)
-        return (out + self.bias[...].astype(jnp.float32)[None, :]).astype(x.dtype)
+            return out
+        biased = out.astype(jnp.float32) + self.bias[...].astype(jnp.float32)[None, :]
+        return biased.astype(x.dtype)
 
     def parts(self, x: Float[Array, "num_tokens size_in"]) -> Float[Array, "*parts num_tokens out"]:
         """Returns the projection, or float32 parts of it where those are faster to compute.
@@ -59,7 +78,7 @@ class Linear(nnx.Module):
         For a reader that can add them on its way.
         """
         kernel = self.kernel[...]
-        if self.bias is not None:
+        if self.bias is not None or self.sum_over is not None:
             return self(x)
         splits = num_splits(x.shape[0], *kernel.shape, dtype=x.dtype)
         return linear(x, kernel, num_splits=splits)
@@ -86,23 +105,47 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of one row a token: the input embedding, or the output projection."""
+    """A table of one row a token: the input embedding, or the output projection.
 
-    def __init__(self, vocab_size: int, size: int, *, dtype: jax.typing.DTypeLike):
+    With `axis`, a mesh axis, the rows are a device's share of the vocabulary.
+    """
+
+    def __init__(
+        self, vocab_size: int, size: int, *, dtype: jax.typing.DTypeLike, axis: str | None = None
+    ):
         self.weight = nnx.Param(jnp.zeros((vocab_size, size), dtype))
+        self.axis = axis
+
+    def rows(self, token_ids: Int[Array, "num_tokens"]) -> Float[Array, "num_tokens size"]:
+        """Returns the tokens' rows. The host has checked the ids; padding may hold any."""
+        table = self.weight[...]
+        if self.axis is None:
+            return table.at[token_ids].get(mode="clip")
+        num_rows = table.shape[0]
+        local_ids = token_ids - jax.lax.axis_index(self.axis) * num_rows
+        is_mine = (local_ids >= 0) & (local_ids < num_rows)
+        rows = table.at[local_ids].get(mode="clip")
+        return jax.lax.psum(jnp.where(is_mine[:, None], rows, jnp.zeros_like(rows)), self.axis)
 
 
 class Attention(nnx.Module):
     """Grouped-query attention that writes to and reads from one layer's block pool."""
 
     def __init__(
-        self, config: ModelConfig, *, sliding_window: int | None, dtype: jax.typing.DTypeLike
+        self,
+        config: ModelConfig,
+        *,
+        sliding_window: int | None,
+        dtype: jax.typing.DTypeLike,
+        axis: str | None = None,
     ):
         size = config.num_heads * config.head_dim
         self.qkv_proj = Linear(
             config.hidden_size, config.qkv_size, bias=config.qkv_bias, dtype=dtype
         )
-        self.o_proj = Linear(size, config.hidden_size, bias=config.o_bias, dtype=dtype)
+        self.o_proj = Linear(
+            size, config.hidden_size, bias=config.o_bias, dtype=dtype, sum_over=axis
+        )
         norm = functools.partial(RMSNorm, config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
         self.q_norm = norm() if config.qk_norm else None
         self.k_norm = norm() if config.qk_norm else None
@@ -147,10 +190,12 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """`down(silu(gate(x)) * up(x))` with gate and up in one projection."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jax.typing.DTypeLike):
+    def __init__(
+        self, config: ModelConfig, *, dtype: jax.typing.DTypeLike, axis: str | None = None
+    ):
         size, width = config.hidden_size, config.intermediate_size
         self.gate_up_proj = Linear(size, 2 * width, bias=config.mlp_bias, dtype=dtype)
-        self.down_proj = Linear(width, size, bias=config.mlp_bias, dtype=dtype)
+        self.down_proj = Linear(width, size, bias=config.mlp_bias, dtype=dtype, sum_over=axis)
 
     def __call__(
         self, x: Float[Array, "num_tokens size"]

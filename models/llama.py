@@ -24,13 +24,18 @@ class DecoderLayer(nnx.Module):
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
     def __init__(
-        self, config: ModelConfig, *, sliding_window: int | None, dtype: jax.typing.DTypeLike
+        self,
+        config: ModelConfig,
+        *,
+        sliding_window: int | None,
+        dtype: jax.typing.DTypeLike,
+        axis: str | None = None,
     ):
         eps = config.rms_norm_eps
         self.input_layernorm = RMSNorm(config.hidden_size, eps=eps, dtype=dtype)
-        self.self_attn = Attention(config, sliding_window=sliding_window, dtype=dtype)
+        self.self_attn = Attention(config, sliding_window=sliding_window, dtype=dtype, axis=axis)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=eps, dtype=dtype)
-        self.mlp = MLP(config, dtype=dtype)
+        self.mlp = MLP(config, dtype=dtype, axis=axis)
 
     def __call__(
         self,
@@ -60,19 +65,24 @@ def _run_layer(
 
 
 class LlamaForCausalLM(nnx.Module):
-    """Embedding, decoder layers, final norm and output projection."""
+    """Embedding, decoder layers, final norm and output projection.
 
-    def __init__(self, config: ModelConfig, *, dtype: jax.typing.DTypeLike):
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+    With `axis`, a mesh axis, it is one device's share of the model, and `config` that share's.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: jax.typing.DTypeLike, axis: str | None = None
+    ):
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, axis=axis)
         self.layers = nnx.List(
-            DecoderLayer(config, sliding_window=window, dtype=dtype)
+            DecoderLayer(config, sliding_window=window, dtype=dtype, axis=axis)
             for window in config.layer_windows
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+            else Embedding(config.vocab_size, config.hidden_size, dtype=dtype, axis=axis)
         )
         self.config = config
 
@@ -95,8 +105,7 @@ class LlamaForCausalLM(nnx.Module):
             positions,
             *rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling),
         )
-        # The host has checked the ids; the clip only keeps padding harmless.
-        x = self.embed_tokens.weight[...].at[token_ids].get(mode="clip")
+        x = self.embed_tokens.rows(token_ids)
         schedules = {
             window: make_schedule(
                 pools[0],

@@ -62,6 +62,7 @@ def load_model(
     dtype: str = "auto",
     load_format: str = "auto",
     revision: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> LoadedModel:
     """Returns the model that a source holds, with its weights on the default device.
 
@@ -71,12 +72,14 @@ def load_model(
         dtype: "float32", "bfloat16", "float16", or "auto" to let the device decide.
         load_format: "auto" reads weights; "dummy" makes random ones of the config's shapes.
         revision: branch, tag or commit of a hub id.
+        mesh: the devices that each hold a share, from `sharding.make_mesh`.
 
     Raises:
-        ValueError: an argument out of range, an unknown architecture, a broken checkpoint.
+        ValueError: an argument out of range, an unknown architecture, a broken checkpoint, a model
+            that cannot be cut into as many shares.
         RuntimeError: the default model is not installed, or the hub cannot be reached.
     """
-    opened = open_model(source, dtype=dtype, load_format=load_format, revision=revision)
+    opened = open_model(source, dtype=dtype, load_format=load_format, revision=revision, mesh=mesh)
     return LoadedModel(
         config=opened.config,
         model=opened.model,
@@ -91,6 +94,7 @@ def open_model(
     dtype: str = "auto",
     load_format: str = "auto",
     revision: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> OpenedModel:
     """Returns what `load_model` does, but for the weights; arguments and errors are the same."""
     if dtype not in DTYPES:
@@ -99,7 +103,7 @@ def open_model(
         formats = ", ".join(LOAD_FORMATS)
         raise ValueError(f"load_format must be one of {formats}, got {load_format!r}")
     path = resolve_source(source, revision=revision)
-    read: Callable[[CausalLM], Params]
+    read: Callable[..., Params]
     if path.suffix == ".gguf":
         file = GGUFFile(path)
         config = read_config(file)
@@ -114,9 +118,16 @@ def open_model(
         read = functools.partial(_read_safetensors, path)
     if load_format == "dummy":
         read = dummy_params
-    model = CausalLM(config, dtype=default_dtype() if dtype == "auto" else dtype)
+    model = CausalLM(
+        config,
+        dtype=default_dtype() if dtype == "auto" else dtype,
+        tensor_parallel_size=1 if mesh is None else mesh.size,
+    )
     return OpenedModel(
-        config=config, model=model, source=path, load_params=functools.partial(read, model)
+        config=config,
+        model=model,
+        source=path,
+        load_params=functools.partial(read, model, mesh=mesh),
     )
 
 
@@ -138,12 +149,12 @@ def load_config(path: Path) -> ModelConfig:
     return dataclasses.replace(parsed, eos_token_ids=merged)
 
 
-def _read_gguf(file: GGUFFile, model: CausalLM) -> Params:
-    return load_params(model, GGUFSource(file))
+def _read_gguf(file: GGUFFile, model: CausalLM, mesh: jax.sharding.Mesh | None) -> Params:
+    return load_params(model, GGUFSource(file), mesh)
 
 
-def _read_safetensors(directory: Path, model: CausalLM) -> Params:
-    return load_params(model, SafetensorsSource(directory))
+def _read_safetensors(directory: Path, model: CausalLM, mesh: jax.sharding.Mesh | None) -> Params:
+    return load_params(model, SafetensorsSource(directory), mesh)
 
 
 def default_dtype() -> str:

@@ -6,12 +6,13 @@ memory never holds two copies of a model. Every name is accounted for, both ways
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from jpaged.models.causal_lm import CausalLM, Params
+from jpaged.models import sharding
+from jpaged.models.causal_lm import CausalLM, Params, path_keys
 from jpaged.models.config import ModelConfig
 
 # Buffers that older checkpoints carry and that are computed here.
 _IGNORED = re.compile(r"(\.rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$")
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_TABLES = ("embed_tokens.weight", "lm_head.weight")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _CHUNK_BYTES = 1 << 22
 _ALIGNMENT = 64  # on CPU, device_put takes over a NumPy buffer that is aligned so, without a copy
@@ -89,32 +91,67 @@ class SafetensorsSource:
             yield start, view[start : min(start + step, shape[0])]
 
 
-def load_params(model: CausalLM, source: TensorSource) -> Params:
-    """Returns the model's parameters, read from the source and placed on the default device.
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Rows `start:stop` of a checkpoint's tensor, and their first row in a parameter."""
+
+    name: str
+    start: int
+    stop: int
+    place: int
+
+
+def load_params(
+    model: CausalLM, source: TensorSource, mesh: jax.sharding.Mesh | None = None
+) -> Params:
+    """Returns the model's parameters, read from the source and placed on the devices.
+
+    Args:
+        model: The model.
+        source: Its checkpoint.
+        mesh: The devices of a model that is cut; None: the default device.
 
     Raises:
         ValueError: a tensor is missing, unexpected or of a wrong shape; a file cannot be read.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(model.abstract_params)
-    plan = [(_checkpoint_names(path, model.config), leaf) for path, leaf in leaves]
-    _check_names(plan, source, tied=model.config.tie_word_embeddings)
+    paths = [path_keys(path) for path, _ in leaves]
+    pieces = [_pieces(keys, model) for keys in paths]
+    _check_names(paths, pieces, source, model)
+    specs = jax.tree.leaves(model.param_specs)
+
+    def read(index: int) -> jax.Array:
+        out = _read_param(source, pieces[index], leaves[index][1])
+        return place(out, specs[index], mesh)
+
     # NumPy and the device copy release the interpreter lock; more threads than cores only cost
     # memory.
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        params = list(pool.map(lambda entry: _read_param(source, *entry), plan))
+        params = list(pool.map(read, range(len(leaves))))
     return jax.tree_util.tree_unflatten(treedef, params)
 
 
-def dummy_params(model: CausalLM) -> Params:
-    """Returns random parameters made on the device: the same ones every time."""
+def place(
+    array: np.ndarray, spec: jax.sharding.PartitionSpec, mesh: jax.sharding.Mesh | None
+) -> jax.Array:
+    """Returns a whole parameter on the devices, each with its share, or on the default one."""
+    if mesh is None:
+        return jax.device_put(array)
+    placed = jax.sharding.NamedSharding(mesh, spec)
+    return jax.make_array_from_callback(array.shape, placed, lambda index: array[index])
 
-    def make(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+
+def dummy_params(model: CausalLM, mesh: jax.sharding.Mesh | None = None) -> Params:
+    """Returns random parameters made on the devices: the same ones every time."""
+
+    def make(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, spec: Any) -> jax.Array:
+        placed = None if mesh is None else jax.sharding.NamedSharding(mesh, spec)
         if "norm" in jax.tree_util.keystr(path):
-            return jnp.ones(leaf.shape, leaf.dtype)
-        return _draw(jax.random.key(next(seeds)), leaf.shape, str(leaf.dtype))
+            return jnp.ones(leaf.shape, leaf.dtype, device=placed)
+        return _draw(jax.random.key(next(seeds)), leaf.shape, str(leaf.dtype), placed)
 
     seeds = itertools.count()
-    return jax.tree_util.tree_map_with_path(make, model.abstract_params)
+    return jax.tree_util.tree_map_with_path(make, model.abstract_params, model.param_specs)
 
 
 def count_params(model: CausalLM) -> int:
@@ -122,9 +159,12 @@ def count_params(model: CausalLM) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _draw(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
-    return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _draw(
+    key: jax.Array, shape: tuple[int, ...], dtype: str, placed: jax.sharding.Sharding | None
+) -> jax.Array:
+    drawn = (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    return drawn if placed is None else jax.lax.with_sharding_constraint(drawn, placed)
 
 
 def _list_shards(directory: Path) -> list[Path]:
@@ -145,37 +185,50 @@ def _list_shards(directory: Path) -> list[Path]:
     return paths
 
 
-def _checkpoint_names(path: tuple[Any, ...], config: ModelConfig) -> list[tuple[str, int | None]]:
-    """Returns the tensors that make up a parameter, and the rows of each (None: all)."""
-    keys = [str(getattr(entry, "key", getattr(entry, "idx", ""))) for entry in path]
+def _pieces(keys: list[str], model: CausalLM) -> list[_Piece]:
+    """Returns where the rows of a parameter's outputs come from."""
     leaf = "weight" if keys[-1] == "kernel" else keys[-1]
-    if keys[0] == "lm_head":
-        return [("lm_head.weight", None)]
-    prefix = ".".join(["model", *keys[:-2]])
-    rows = {
-        "q_proj": config.num_heads * config.head_dim,
-        "k_proj": config.num_kv_heads * config.head_dim,
-        "v_proj": config.num_kv_heads * config.head_dim,
-        "gate_proj": config.intermediate_size,
-        "up_proj": config.intermediate_size,
-    }
-    parts = _FUSED.get(keys[-2], (keys[-2],))
-    return [(f"{prefix}.{part}.{leaf}", rows.get(part)) for part in parts]
+    prefix = [] if keys[0] == "lm_head" else ["model"]
+    config = model.config
+    if sharding.part_rows(keys, config) is None:
+        name = ".".join([*prefix, *keys[:-1], leaf])
+        return [_Piece(name, 0, _num_outputs(keys, config), 0)]
+    module = ".".join([*prefix, *keys[:-2]])
+    return [
+        _Piece(f"{module}.{part}.{leaf}", start, stop, place)
+        for part, start, stop, place in sharding.placements(
+            keys, config, model.tensor_parallel_size
+        )
+    ]
 
 
-def _check_names(plan: list[Any], source: TensorSource, *, tied: bool) -> None:
+def _num_outputs(keys: list[str], config: ModelConfig) -> int:
+    """Returns the rows of a tensor that is a parameter of its own."""
+    if is_table(keys):
+        return config.vocab_size
+    return config.head_dim if keys[-2] in ("q_norm", "k_norm") else config.hidden_size
+
+
+def is_table(keys: Sequence[str]) -> bool:
+    """Returns whether a parameter is stored as in the checkpoint: a row a token."""
+    return keys[0] in ("embed_tokens", "lm_head")
+
+
+def _check_names(
+    paths: list[list[str]], pieces: list[list[_Piece]], source: TensorSource, model: CausalLM
+) -> None:
     shapes = source.shapes()
+    leaves = jax.tree.leaves(model.abstract_params)
+    tied = model.config.tie_word_embeddings
     wanted: set[str] = set()
-    for parts, leaf in plan:
-        for name, rows in parts:
+    for keys, parts, leaf in zip(paths, pieces, leaves, strict=True):
+        for name in dict.fromkeys(piece.name for piece in parts):
             wanted.add(name)
             if name not in shapes:
                 raise ValueError(f"{source.describe(name)} is missing")
+            rows = max(piece.stop for piece in parts if piece.name == name)
             # A kernel [in, out] is made of tensors [out, in]; tables and vectors keep their shape.
-            shape = leaf.shape
-            if len(shape) == 2 and not name.endswith(("embed_tokens.weight", "lm_head.weight")):
-                shape = shape[::-1]
-            shape = (shape[0] if rows is None else rows, *shape[1:])
+            shape = (rows,) if len(leaf.shape) == 1 else (rows, leaf.shape[int(is_table(keys))])
             if shapes[name] != shape:
                 raise ValueError(
                     f"{source.describe(name)} must have shape {shape}, got {shapes[name]}"
@@ -187,20 +240,24 @@ def _check_names(plan: list[Any], source: TensorSource, *, tied: bool) -> None:
 
 
 def _read_param(
-    source: TensorSource, parts: list[tuple[str, int | None]], leaf: jax.ShapeDtypeStruct
-) -> jax.Array:
+    source: TensorSource, pieces: list[_Piece], leaf: jax.ShapeDtypeStruct
+) -> np.ndarray:
     out = _aligned_empty(leaf.shape, leaf.dtype)
-    table = parts[0][0].endswith(("embed_tokens.weight", "lm_head.weight"))
-    by_row = out if table or out.ndim == 1 else out.T
-    base = 0
-    for name, rows in parts:
+    by_row = out if pieces[0].name.endswith(_TABLES) or out.ndim == 1 else out.T
+    # Rows that the checkpoint does not have make the vocabulary a multiple of the devices.
+    by_row[max(piece.place + piece.stop - piece.start for piece in pieces) :] = 0
+    for name in dict.fromkeys(piece.name for piece in pieces):
         try:
             for start, chunk in source.rows(name):
-                by_row[base + start : base + start + len(chunk)] = chunk
+                for piece in pieces:
+                    first = max(start, piece.start)
+                    last = min(start + len(chunk), piece.stop)
+                    if piece.name == name and first < last:
+                        target = piece.place - piece.start
+                        by_row[target + first : target + last] = chunk[first - start : last - start]
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"{source.describe(name)} cannot be read: {error}") from error
-        base += rows or 0
-    return jax.device_put(out)
+    return out
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

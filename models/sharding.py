@@ -1,0 +1,123 @@
+"""One model over several devices: who holds which heads, columns and rows of the vocabulary.
+
+Tensor parallelism after Megatron-LM: projections into heads and into the MLP are cut by their
+outputs, those back to the residual stream by their inputs, so that a layer needs two sums over the
+devices; embedding and output projection are cut by the vocabulary. A device runs the very module
+of the model, with the counts of its share. Where there are more devices than KV heads, several
+hold the same one.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from jpaged.models.config import ModelConfig
+
+MODEL_AXIS = "model"
+
+_COLUMNS = ("qkv_proj", "gate_up_proj")
+_ROWS = ("o_proj", "down_proj")
+_TABLES = ("embed_tokens", "lm_head")
+
+
+def make_mesh(size: int, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """Returns the mesh of a model over `size` devices, the first ones if none are named.
+
+    Raises:
+        ValueError: There are fewer devices.
+    """
+    found = jax.devices() if devices is None else devices
+    if len(found) < size:
+        raise ValueError(
+            f"tensor_parallel_size must be at most the {len(found)} devices that JAX sees, "
+            f"got {size}"
+        )
+    return jax.sharding.Mesh(np.array(found[:size]), (MODEL_AXIS,))
+
+
+def local_config(config: ModelConfig, size: int) -> ModelConfig:
+    """Returns the config of one device's share of a model.
+
+    Raises:
+        ValueError: The model cannot be cut into that many shares.
+    """
+    if size == 1:
+        return config
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    fits = size >= 1 and heads % size == 0 and config.intermediate_size % size == 0
+    if not fits or (kv_heads % size and size % kv_heads):
+        choices = [n for n in range(1, heads + 1) if _can_cut(config, n)]
+        raise ValueError(
+            f"tensor_parallel_size must be one of {', '.join(map(str, choices))} for {heads} "
+            f"query heads, {kv_heads} KV heads and an MLP of {config.intermediate_size}, got {size}"
+        )
+    return dataclasses.replace(
+        config,
+        num_heads=heads // size,
+        num_kv_heads=max(kv_heads // size, 1),
+        intermediate_size=config.intermediate_size // size,
+        vocab_size=-(-config.vocab_size // size),
+    )
+
+
+def _can_cut(config: ModelConfig, size: int) -> bool:
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    return (
+        heads % size == 0
+        and config.intermediate_size % size == 0
+        and (kv_heads % size == 0 or size % kv_heads == 0)
+    )
+
+
+def param_spec(keys: Sequence[str]) -> PartitionSpec:
+    """Returns how a parameter lies over the devices, from its path in the tree."""
+    module, leaf = keys[-2:]
+    if module in _COLUMNS:
+        return PartitionSpec(None, MODEL_AXIS) if leaf == "kernel" else PartitionSpec(MODEL_AXIS)
+    if module in _TABLES or (module in _ROWS and leaf == "kernel"):
+        return PartitionSpec(MODEL_AXIS, None)
+    return PartitionSpec()
+
+
+def pool_spec() -> PartitionSpec:
+    """Returns how a layer's block pool lies over the devices: by KV heads."""
+    return PartitionSpec(None, None, MODEL_AXIS)
+
+
+def part_rows(keys: Sequence[str], config: ModelConfig) -> dict[str, int] | None:
+    """Returns the checkpoint's parts of a fused parameter and the outputs of each; None: not one.
+
+    Args:
+        keys: The parameter's path in the tree.
+        config: The whole model's.
+    """
+    kv_size = config.num_kv_heads * config.head_dim
+    if keys[-2] == "qkv_proj":
+        return {"q_proj": config.num_heads * config.head_dim, "k_proj": kv_size, "v_proj": kv_size}
+    if keys[-2] == "gate_up_proj":
+        return {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
+    return None
+
+
+def placements(
+    keys: Sequence[str], config: ModelConfig, size: int
+) -> Iterator[tuple[str, int, int, int]]:
+    """Yields where the parts of a fused parameter go: part, its rows from and to, and whither.
+
+    Fused outputs lie device by device, each with its share of every part, so that a plain cut
+    gives every device its own.
+    """
+    parts = part_rows(keys, config)
+    assert parts is not None, f"{keys} is not fused"
+    place = 0
+    for device in range(size):
+        for name, rows in parts.items():
+            is_kv = name in ("k_proj", "v_proj")
+            shares = min(size, config.num_kv_heads) if is_kv else size
+            share = rows // shares
+            start = device * shares // size * share
+            yield name, start, start + share, place
+            place += share
