@@ -54,17 +54,19 @@ class BlockSwapper:
         num_host_blocks: int,
         on_copy_in: Callable[[int, float], None] | None = None,
         reserve: bool | None = None,
+        sharding: jax.sharding.NamedSharding | None = None,
     ) -> None:
         """Takes the host memory.
 
         Args:
-            spec: One layer's blocks.
+            spec: One layer's blocks, those of all devices together.
             num_layers: Pools, one a layer.
             num_blocks: Blocks of each pool, the null block included.
             num_host_blocks: Places on the host; their ids go from 1 to this.
             on_copy_in: Told the number of blocks and the seconds of each copy to the device, apart
                 from waiting for steps; the host then waits for those copies.
             reserve: Whether to take the host memory at once; by default what the class says.
+            sharding: Of the pools, over axis 2, where they lie on several devices.
         """
         self._spec = spec
         self._num_layers = num_layers
@@ -72,8 +74,10 @@ class BlockSwapper:
         self._on_copy_in = on_copy_in
         device = jax.local_devices()[0]
         self._is_cpu = device.platform == "cpu"
-        self._device_memory = jax.sharding.SingleDeviceSharding(device)
-        self._host_memory = _host_memory(device)
+        # A block has its layers where a pool has its blocks: both are cut alike.
+        self._sharding = sharding
+        self._device_memory = sharding or jax.sharding.SingleDeviceSharding(device)
+        self._host_memory = _host_memory(device, self._device_memory)
         self._blocks: list[Any] = [None] * (num_host_blocks + 1)
         self._leaving: collections.deque[list[jax.Array]] = collections.deque()
         if not self._is_cpu if reserve is None else reserve:
@@ -192,20 +196,29 @@ class BlockSwapper:
 
     def _abstract(self, size: int) -> tuple[Any, Any, Any]:
         """Pools, `size` blocks, and their ids."""
-        dtype = self._spec.dtype
-        pool = jax.ShapeDtypeStruct(self._spec.shape(self._num_blocks), dtype)
-        block = jax.ShapeDtypeStruct((self._num_layers, *self._spec.shape(1)[1:]), dtype)
-        ids = jax.ShapeDtypeStruct((size,), jnp.int32)
+
+        def cut(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, self._spec.dtype, sharding=self._sharding)
+
+        pool = cut(*self._spec.shape(self._num_blocks))
+        block = cut(self._num_layers, *self._spec.shape(1)[1:])
+        on_all = self._sharding and jax.sharding.NamedSharding(
+            self._sharding.mesh, jax.sharding.PartitionSpec()
+        )
+        ids = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=on_all)
         return (pool,) * self._num_layers, (block,) * size, ids
 
     def _compile_gather(self, size: int) -> jax.stages.Compiled:
         pools, _, ids = self._abstract(size)
-        return jax.jit(_gather).lower(pools, ids).compile()
+        blocks = None if self._sharding is None else (self._sharding,) * size
+        return jax.jit(_gather, out_shardings=blocks).lower(pools, ids).compile()
 
     def _compile_scatter(self, size: int) -> jax.stages.Compiled:
         # XLA takes long to compile many scatters for a CPU, and launches many kernels for a loop.
         scatter = _scatter_in_loop if self._is_cpu else _scatter
-        return jax.jit(scatter, donate_argnums=0).lower(*self._abstract(size)).compile()
+        after = None if self._sharding is None else (self._sharding,) * self._num_layers
+        program = jax.jit(scatter, donate_argnums=0, out_shardings=after)
+        return program.lower(*self._abstract(size)).compile()
 
 
 def _gather(pools: Pools, ids: jax.Array) -> tuple[jax.Array, ...]:
@@ -238,12 +251,12 @@ def _scatter_in_loop(pools: Pools, blocks: tuple[jax.Array, ...], ids: jax.Array
     return lax.fori_loop(0, ids.shape[0], write, pools)
 
 
-def _host_memory(device: Any) -> jax.sharding.SingleDeviceSharding | None:
-    """The best memory on the host that the device's own copies reach; None for NumPy's."""
+def _host_memory(device: Any, sharding: jax.sharding.Sharding) -> jax.sharding.Sharding | None:
+    """The best memory on the host that the devices' own copies reach; None for NumPy's."""
     kinds = {memory.kind for memory in device.addressable_memories()}
     for kind in _MEMORY_KINDS:
         if kind in kinds:
-            return jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
+            return sharding.with_memory_kind(kind)
     logger.warning("%s offers no host memory: swapping waits for its copies", device.platform)
     return None
 

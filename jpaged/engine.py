@@ -23,6 +23,7 @@ from jpaged.engine_config import EngineConfig
 from jpaged.generation_config import read_default_sampling
 from jpaged.model_runner import ModelRunner, StepHandle, StepResult
 from jpaged.models.loader import load_model
+from jpaged.models.sharding import make_mesh
 from jpaged.output_processor import RequestOutputs
 from jpaged.outputs import RequestOutput
 from jpaged.preemption import PreemptionPolicy
@@ -85,11 +86,13 @@ class Engine:
         self.config = config
         self._with_text = with_text
         platform.set_compilation_cache(config.compilation_cache_dir)
+        size = config.tensor_parallel_size
         loaded = load_model(
             config.model,
             dtype=config.dtype,
             load_format=config.load_format,
             revision=config.revision,
+            mesh=make_mesh(size) if size > 1 else None,
         )
         self.model_config = loaded.config
         scheduler_config = config.scheduler_config(

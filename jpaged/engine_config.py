@@ -45,6 +45,8 @@ class EngineConfig:
         skip_tokenizer_init: Runs without a tokenizer: prompts and outputs are token ids.
         revision: Revision of a hub id.
         load_format: "auto", or "dummy" for random weights of the right shapes.
+        tensor_parallel_size: Devices of this host that the model is cut over: by heads, MLP and
+            vocabulary.
         dtype: Of weights, activations and the block pool; "auto" takes float32 on a CPU and
             bfloat16 on accelerators (float16 where the device is slow at bfloat16).
         generation_config: Where sampling that a request leaves open comes from: "auto" takes what
@@ -81,6 +83,7 @@ class EngineConfig:
     skip_tokenizer_init: bool = False
     revision: str | None = None
     load_format: LoadFormat = "auto"
+    tensor_parallel_size: int = 1
     dtype: DType = "auto"
     generation_config: GenerationConfig = "auto"
     seed: int = 0
@@ -126,6 +129,7 @@ class EngineConfig:
                 check_at_least(name, getattr(self, name), minimum)
         check_at_least("long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
         check_at_least("max_logprobs", self.max_logprobs, -1)
+        check_at_least("tensor_parallel_size", self.tensor_parallel_size, 1)
         check_at_least("seed", self.seed, 0)
         share = self.memory_utilization
         if not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:

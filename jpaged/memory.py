@@ -1,7 +1,8 @@
 """How many blocks the pool gets: from an explicit number, from bytes, or from what is left."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -22,16 +23,19 @@ def num_blocks(
     *,
     num_layers: int,
     step_temp_bytes: Callable[[int], int],
+    devices: Sequence[Any],
 ) -> int:
     """Blocks of the pool, the null block included.
 
     Args:
         config: What the user set.
         scheduler_config: The budgets; the pool must hold one sequence of `max_model_len`.
-        spec: One layer's blocks.
+        spec: One layer's blocks, a device's share of them.
         num_layers: Layers, each with a pool of its own.
-        step_temp_bytes: Bytes that the largest step needs beside its arguments, given a number of
-            blocks to compile it for; only called where the pool is sized by what is left.
+        step_temp_bytes: Bytes that a device needs for the largest step beside its arguments, given
+            a number of blocks to compile it for; only called where the pool is sized by what is
+            left.
+        devices: Who has a share.
 
     Raises:
         ValueError: The pool cannot hold one sequence of `max_model_len` tokens.
@@ -49,7 +53,8 @@ def num_blocks(
         blocks, field = DEFAULT_CPU_CACHE_BYTES // block_bytes, "kv_cache_memory_bytes"
         blocks = min(blocks, most)
     else:
-        left = _bytes_left(config.memory_utilization) - step_temp_bytes(least)
+        left = min(_bytes_left(device, config.memory_utilization) for device in devices)
+        left -= step_temp_bytes(least)
         blocks, field = min(left // block_bytes, most), "memory_utilization"
     if blocks < least:
         raise ValueError(
@@ -94,9 +99,9 @@ def num_host_blocks(
     )
 
 
-def _bytes_left(utilization: float) -> int:
-    """Bytes of the first device that are neither used nor held back by `memory_utilization`."""
-    stats = jax.local_devices()[0].memory_stats()
+def _bytes_left(device: Any, utilization: float) -> int:
+    """Bytes of a device that are neither used nor held back by `memory_utilization`."""
+    stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         raise ValueError(
             "this device does not tell its memory: set num_blocks or kv_cache_memory_bytes"

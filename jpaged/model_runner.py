@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from numpy.typing import NDArray
 
 from jpaged import memory, sampler, structured_outputs
@@ -23,19 +22,16 @@ from jpaged.block_swapper import BlockSwapper
 from jpaged.compile_plan import CompilePlan, StepShape, step_shapes
 from jpaged.config import SchedulerConfig
 from jpaged.engine_config import EngineConfig
-from jpaged.input_batch import NO_TOKEN, PENDING_TOKEN, InputBatch, packed_size, unpack
-from jpaged.models.attention import AttentionMetadata
+from jpaged.input_batch import InputBatch, packed_size
 from jpaged.models.loader import LoadedModel
-from jpaged.pallas_kernels import KVCacheSpec, copy_blocks
+from jpaged.pallas_kernels import KVCacheSpec
 from jpaged.request import Sequence
 from jpaged.sampling_rows import RequestSampling
 from jpaged.scheduler_output import SchedulerOutput
+from jpaged.step import StepFunction
 from jpaged.token_masks import TokenMasks
 
 logger = logging.getLogger(__name__)
-
-# Rows of logits computed at a time for the log-probabilities of a prompt.
-PROMPT_LOGPROB_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -133,16 +129,16 @@ class ModelRunner:
         scheduler_config: SchedulerConfig,
         on_copy_in: Callable[[int, float], None] | None = None,
     ) -> None:
-        self._model = loaded.model
+        model = loaded.model
         self._max_model_len = scheduler_config.max_model_len
-        model_config = loaded.config
+        self._num_layers = loaded.config.num_layers
         self.kv_spec = KVCacheSpec(
             block_size=config.block_size,
-            num_kv_heads=model_config.num_kv_heads,
-            head_dim=model_config.head_dim,
-            dtype=jnp.dtype(loaded.model.dtype),
+            num_kv_heads=model.local_config.num_kv_heads,
+            head_dim=model.config.head_dim,
+            dtype=jnp.dtype(model.dtype),
         )
-        vocab_size = model_config.vocab_size
+        vocab_size = loaded.config.vocab_size
         limit = config.max_logprobs
         self.max_logprobs = vocab_size if limit == -1 else min(limit, vocab_size)
         self.max_blocks_per_seq = -(-scheduler_config.max_model_len // config.block_size)
@@ -155,32 +151,47 @@ class ModelRunner:
         self._banning: list[RequestSampling | None] = [None] * self._num_rows
         self._wants_prompt = [False] * self._num_rows
         self._is_plain = [False] * self._num_rows
-        self._bias_size = vocab_size
-        self._masks = TokenMasks(self._num_rows, vocab_size)
+        self._vocab_size = vocab_size
+        self.step = StepFunction(
+            model,
+            self.kv_spec,
+            num_rows=self._num_rows,
+            max_blocks_per_seq=self.max_blocks_per_seq,
+            max_logprobs=self.max_logprobs,
+            mesh=loaded.mesh,
+        )
+        self._masks = TokenMasks(self._num_rows, vocab_size, self.step.on_all)
         # Before the pool is sized by what is left of the memory.
         self._params = loaded.params
-        self._state = sampler.SamplerState.zeros(self._num_rows, vocab_size)
-        num_layers = model_config.num_layers
+        self._state = self._make_state()
+        num_layers = self._num_layers
         beside = BlockSwapper.device_bytes(self.kv_spec, num_layers) if config.swaps else 0
+        largest = max(shapes, key=lambda s: (s.num_tokens, s.num_seqs, not s.plain))
         self.num_blocks = memory.num_blocks(
             config,
             scheduler_config,
             self.kv_spec,
             num_layers=num_layers,
-            step_temp_bytes=lambda num_blocks: self._step_temp_bytes(shapes, num_blocks) + beside,
+            step_temp_bytes=lambda blocks: self.step.temp_bytes(largest, blocks) + beside,
+            devices=jax.local_devices()[:1] if loaded.mesh is None else loaded.mesh.local_devices,
+        )
+        num_shares = model.tensor_parallel_size
+        whole_spec = dataclasses.replace(
+            self.kv_spec, num_kv_heads=num_shares * self.kv_spec.num_kv_heads
         )
         self.num_host_blocks = memory.num_host_blocks(
-            config, self.kv_spec, num_layers=num_layers, num_blocks=self.num_blocks
+            config, whole_spec, num_layers=num_layers, num_blocks=self.num_blocks
         )
         self._pools = self._allocate_pools()
         self._swapper: BlockSwapper | None = None
         if self.num_host_blocks:
             self._swapper = BlockSwapper(
-                self.kv_spec,
+                whole_spec,
                 num_layers=num_layers,
                 num_blocks=self.num_blocks,
                 num_host_blocks=self.num_host_blocks,
                 on_copy_in=on_copy_in,
+                sharding=self.step.pool_sharding,
             )
         self._batch = InputBatch(
             self._num_rows,
@@ -206,150 +217,35 @@ class ModelRunner:
             self.plan.wait()
 
     def _allocate_pools(self) -> tuple[jax.Array, ...]:
-        num_layers = self._model.config.num_layers
-        return tuple(self.kv_spec.allocate(self.num_blocks) for _ in range(num_layers))
+        return tuple(self.step.allocate_pool(self.num_blocks) for _ in range(self._num_layers))
 
-    # The step, traced once a shape.
-
-    def _step(
-        self,
-        shape: StepShape,
-        params: Any,
-        pools: Any,
-        state: sampler.SamplerState,
-        packed: Any,
-    ) -> tuple[Any, sampler.SamplerState, dict[str, Any]]:
-        arrays = unpack(packed, shape, self.max_blocks_per_seq)
-        # A pending token belongs to a decode row, and those stand at their sequence's index.
-        seq_of_token = jnp.minimum(jnp.arange(shape.num_tokens), shape.num_seqs - 1)
-        token_ids = jnp.where(
-            arrays.token_ids == PENDING_TOKEN,
-            state.last_tokens[arrays.rows[seq_of_token]],
-            arrays.token_ids,
-        )
-        if shape.num_copies:
-            pools = _copied(pools, arrays.copy_sources, arrays.copy_destinations)
-        metadata = AttentionMetadata(
-            slot_mapping=arrays.slot_mapping,
-            block_tables=arrays.block_tables,
-            seq_lens=arrays.seq_lens,
-            query_start_loc=arrays.query_start_loc,
-            max_query_len=1 if shape.decode_only else None,
-        )
-        hidden, pools = self._model.hidden_states(
-            params, token_ids, arrays.positions, pools, metadata
-        )
-        last = jnp.maximum(arrays.query_start_loc[1:] - 1, 0)
-        inputs = sampler.unpack_sampling_inputs(
-            arrays.sampling_rows,
-            arrays.seq_lens,
-            arrays.rows,
-            token_ids[last],
-            arrays.samples,
-            arrays.ban_tokens,
-            arrays.ban_if_last,
-        )
-        logits = self._model.logits(params, hidden[last])
-        if shape.plain:
-            tokens, state = sampler.sample_plain(logits, inputs, state)
-            return pools, state, {"tokens": tokens}
-        sampled, state = sampler.sample(logits, inputs, state, max_logprobs=self.max_logprobs)
-        outputs: dict[str, Any] = {"tokens": sampled.tokens, "sampled": sampled}
-        if self.max_logprobs and not shape.decode_only:
-            outputs["prompt"] = self._prompt_logprobs(params, hidden, arrays.next_token_ids)
-        return pools, state, outputs
-
-    def _prompt_logprobs(
-        self, params: Any, hidden: jax.Array, next_token_ids: jax.Array
-    ) -> sampler.TokenLogprobs:
-        """Log-probabilities of the prompt tokens that follow; nothing is computed if none is asked.
-
-        A few rows at a time: logits of a whole chunk would be the largest array of the step.
-        """
-        num_tokens = hidden.shape[0]
-        rows = min(PROMPT_LOGPROB_ROWS, num_tokens)
-        num_tiles = -(-num_tokens // rows)
-        padding = num_tiles * rows - num_tokens
-        hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
-        asked = jnp.pad(next_token_ids, (0, padding), constant_values=NO_TOKEN)
-        tile_asks = (asked.reshape(num_tiles, rows) != NO_TOKEN).any(axis=1)
-
-        def tile(args: tuple[jax.Array, jax.Array]) -> sampler.TokenLogprobs:
-            tile_hidden, tile_ids = args
-            logits = self._model.logits(params, tile_hidden)
-            return sampler.token_logprobs(
-                logits, jnp.maximum(tile_ids, 0), max_logprobs=self.max_logprobs
-            )
-
-        def no_tile(args: tuple[jax.Array, jax.Array]) -> sampler.TokenLogprobs:
-            return jax.tree.map(
-                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(tile, args)
-            )
-
-        def one(_: None, xs: tuple[jax.Array, ...]) -> tuple[None, sampler.TokenLogprobs]:
-            asks, tile_hidden, tile_ids = xs
-            return None, lax.cond(asks, tile, no_tile, (tile_hidden, tile_ids))
-
-        tiles = (
-            tile_asks,
-            hidden.reshape(num_tiles, rows, -1),
-            asked.reshape(num_tiles, rows),
-        )
-        _, found = lax.scan(one, None, tiles)
-        return jax.tree.map(
-            lambda leaf: leaf.reshape(num_tiles * rows, *leaf.shape[2:])[:num_tokens], found
-        )
+    def _make_state(self) -> sampler.SamplerState:
+        state = sampler.SamplerState.zeros(self._num_rows, self._vocab_size)
+        on_all = self.step.replicated
+        return state if on_all is None else jax.device_put(state, on_all)
 
     # Compilation.
-
-    def _lower(self, shape: StepShape, num_blocks: int) -> jax.stages.Lowered:
-        def step(params, pools, state, packed):
-            return self._step(shape, params, pools, state, packed)
-
-        pool = jax.ShapeDtypeStruct(self.kv_spec.shape(num_blocks), self.kv_spec.dtype)
-        config = self._model.config
-        packed = jax.ShapeDtypeStruct((packed_size(shape, self.max_blocks_per_seq),), jnp.int32)
-        step.__name__ = f"step_{shape.name}"
-        return jax.jit(step, donate_argnums=(1, 2)).lower(
-            self._params, (pool,) * config.num_layers, self._abstract_state(), packed
-        )
 
     def _compile(self, shape: StepShape) -> jax.stages.Compiled:
         # Tracing and lowering hold Python's lock: side by side, all would be through at the end.
         with self._lowering:
-            lowered = self._lower(shape, self.num_blocks)
+            lowered = self.step.lower(shape, self.num_blocks)
         return lowered.compile()
-
-    def _abstract_state(self) -> sampler.SamplerState:
-        vocab_size = self._model.config.vocab_size
-        return jax.eval_shape(lambda: sampler.SamplerState.zeros(self._num_rows, vocab_size))
 
     def _compile_init_row(self) -> jax.stages.Compiled:
         def ints(*shape: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-        return (
-            jax.jit(sampler.init_row, donate_argnums=0)
-            .lower(
-                self._abstract_state(),
-                ints(),
-                ints(self._max_model_len),
-                ints(),
-                ints(self._bias_size),
-                jax.ShapeDtypeStruct((self._bias_size,), jnp.float32),
-                jax.ShapeDtypeStruct((), jnp.bool_),
-            )
-            .compile()
+        args = (
+            ints(),
+            ints(self._max_model_len),
+            ints(),
+            ints(self._vocab_size),
+            jax.ShapeDtypeStruct((self._vocab_size,), jnp.float32),
+            jax.ShapeDtypeStruct((), jnp.bool_),
         )
-
-    def _step_temp_bytes(self, shapes: tuple[StepShape, ...], num_blocks: int) -> int:
-        """Bytes the largest step needs beside its arguments, from its compiled form."""
-        largest = max(shapes, key=lambda s: (s.num_tokens, s.num_seqs, not s.plain))
-        analysis = self._lower(largest, num_blocks).compile().memory_analysis()
-        if analysis is None:
-            return 0
-        not_aliased = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        return analysis.temp_size_in_bytes + max(not_aliased, 0)
+        init_row = jax.jit(sampler.init_row, donate_argnums=0)
+        return init_row.lower(self.step.abstract_state(), *self.step.on_all(args)).compile()
 
     # Rows.
 
@@ -371,8 +267,8 @@ class ModelRunner:
             return
         token_ids = np.full(self._max_model_len, -1, np.int32)
         token_ids[: len(seq.token_ids)] = seq.token_ids
-        bias_token_ids = np.full(self._bias_size, -1, np.int32)
-        bias_values = np.zeros(self._bias_size, np.float32)
+        bias_token_ids = np.full(self._vocab_size, -1, np.int32)
+        bias_values = np.zeros(self._vocab_size, np.float32)
         bias_token_ids[: len(sampling.bias_token_ids)] = sampling.bias_token_ids
         bias_values[: len(sampling.bias_values)] = sampling.bias_values
         self._state = self.plan.get("init_row")(
@@ -455,7 +351,7 @@ class ModelRunner:
         except RuntimeError:  # deleted, or the result of a step that failed
             self._pools = ()
             self._pools = self._allocate_pools()
-            self._state = sampler.SamplerState.zeros(self._num_rows, self._model.config.vocab_size)
+            self._state = self._make_state()
 
     def shutdown(self) -> None:
         """Ends background compilation and lets go of the device's memory."""
@@ -464,13 +360,3 @@ class ModelRunner:
         self._pools = ()
         self._params = None
         self._state = None
-
-
-def _copied(pools: tuple[jax.Array, ...], src: jax.Array, dst: jax.Array) -> tuple[jax.Array, ...]:
-    """The pools with the step's block copies made in every layer, if there are any."""
-    return lax.cond(
-        (dst != 0).any(),
-        lambda pools: tuple(copy_blocks(pool, src, dst) for pool in pools),
-        lambda pools: pools,
-        pools,
-    )

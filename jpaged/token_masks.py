@@ -27,10 +27,12 @@ class TokenMasks:
     Args:
         num_rows: Sequences that may run at once.
         vocab_size: Number of token ids.
+        on_all: Says of shapes that their arrays are whole on every device.
     """
 
-    def __init__(self, num_rows: int, vocab_size: int) -> None:
+    def __init__(self, num_rows: int, vocab_size: int, on_all: Callable[[Any], Any]) -> None:
         self._num_rows = num_rows
+        self._on_all = on_all
         self._width = mask_width(vocab_size)
         self._sizes = _powers_of_8(min(MIN_ROWS, num_rows), num_rows)
         self._buffers: list[NDArray[np.int32]] = []
@@ -73,11 +75,8 @@ class TokenMasks:
         def set_masks(allowed: jax.Array, rows: jax.Array, masks: jax.Array) -> jax.Array:
             return allowed.at[rows].set(masks, mode="drop")
 
-        return (
-            jax.jit(set_masks, donate_argnums=0)
-            .lower(ints(self._num_rows, self._width), ints(size), ints(size, self._width))
-            .compile()
-        )
+        args = (ints(self._num_rows, self._width), ints(size), ints(size, self._width))
+        return jax.jit(set_masks, donate_argnums=0).lower(*self._on_all(args)).compile()
 
 
 def _name(size: int) -> str:

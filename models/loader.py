@@ -29,14 +29,16 @@ class LoadedModel:
     Attributes:
         config: the model's shape.
         model: its functions.
-        params: its weights, on the default device.
+        params: its weights, on the default device, or on those of the mesh.
         source: where it came from; `load_tokenizer` takes the same path.
+        mesh: the devices that each hold a share, if it is cut.
     """
 
     config: ModelConfig
     model: CausalLM
     params: Params
     source: Path
+    mesh: jax.sharding.Mesh | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,7 @@ def load_model(
         model=opened.model,
         params=opened.load_params(),
         source=opened.source,
+        mesh=mesh,
     )
 
 

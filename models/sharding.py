@@ -9,6 +9,7 @@ hold the same one.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ _ROWS = ("o_proj", "down_proj")
 _TABLES = ("embed_tokens", "lm_head")
 
 
-def make_mesh(size: int, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make_mesh(size: int, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """Returns the mesh of a model over `size` devices, the first ones if none are named.
 
     Raises:

@@ -9,6 +9,7 @@ from jpaged.pallas_kernels.linear import num_splits as num_splits
 from jpaged.pallas_kernels.paged_attention import paged_attention as paged_attention
 from jpaged.pallas_kernels.rope_write_kv import rope_write_kv as rope_write_kv
 from jpaged.pallas_kernels.rope_write_kv import rotate as rotate
+from jpaged.pallas_kernels.target import set_target_platform as set_target_platform
 from jpaged.pallas_kernels.write_kv import write_kv as write_kv
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "rms_norm",
     "rope_write_kv",
     "rotate",
+    "set_target_platform",
     "write_kv",
 ]

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jpaged.pallas_kernels.target import target_platform
+
 # Streaming multiprocessors of an H100 or H200 with SXM; kernels are persistent and launch one
 # program on each.
 DEFAULT_NUM_SMS = 132
@@ -14,11 +16,15 @@ SMEM_BYTES = 226 * 1024
 MIN_JAX_VERSION = (0, 11, 0)
 
 
-@functools.cache
 def device_reasons() -> tuple[str, ...]:
-    """Why Mosaic GPU kernels cannot run on the default device; empty if they can."""
-    if jax.default_backend() != "gpu":
-        return (f"the device is a {jax.default_backend()}, not an NVIDIA GPU",)
+    """Why Mosaic GPU kernels cannot run on the target; empty if they can."""
+    if (platform := target_platform()) != "gpu":
+        return (f"the device is a {platform}, not an NVIDIA GPU",)
+    return _gpu_reasons()
+
+
+@functools.cache
+def _gpu_reasons() -> tuple[str, ...]:
     if jax.__version_info__ < MIN_JAX_VERSION:
         return (f"needs jax {'.'.join(map(str, MIN_JAX_VERSION))} or later",)
     capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))

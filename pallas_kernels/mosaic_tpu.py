@@ -1,9 +1,9 @@
 """What the TPU kernels share: when they can run, and what tiles they need."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
+
+from jpaged.pallas_kernels.target import target_platform
 
 LANES = 128
 SUBLANES = 8
@@ -12,12 +12,10 @@ HEAD_DIMS = (128, 256)
 DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 
 
-@functools.cache
 def device_reasons() -> tuple[str, ...]:
-    """Why Mosaic TPU kernels cannot run on the default device; empty if they can."""
-    if jax.default_backend() != "tpu":
-        return (f"the device is a {jax.default_backend()}, not a TPU",)
-    return ()
+    """Why Mosaic TPU kernels cannot run on the target; empty if they can."""
+    platform = target_platform()
+    return () if platform == "tpu" else (f"the device is a {platform}, not a TPU",)
 
 
 def pool_reasons(block_size: int, head_dim: int, dtype: jax.typing.DTypeLike) -> list[str]:

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from jax.sharding import PartitionSpec as P
 
 from jpaged.models import AttentionMetadata, CausalLM, Params
+from jpaged.models.sharding import pool_spec
 
 _BASE: dict[str, Any] = {
     "vocab_size": 96,
@@ -164,16 +166,18 @@ def paged_logits(
     block_size: int = 8,
     chunk: int | None = None,
     dtype: Any = jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> np.ndarray:
     """Returns f32 logits at every position of one sequence, run through a scattered block pool."""
     config, length = model.config, len(token_ids)
     chunk = chunk or length
     num_blocks = -(-length // block_size)
     blocks = 1 + np.random.RandomState(0).permutation(num_blocks)
-    shape = (num_blocks + 1, 2, config.num_kv_heads, block_size, config.head_dim)
+    num_heads = model.local_config.num_kv_heads * model.tensor_parallel_size
+    shape = (num_blocks + 1, 2, num_heads, block_size, config.head_dim)
     pools = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
 
-    step = _jitted_step(model)
+    step = _jitted_step(model, mesh)
     rows = []
     for start in range(0, length, chunk):
         positions = np.arange(start, min(start + chunk, length), dtype=np.int32)
@@ -192,10 +196,17 @@ def paged_logits(
 
 
 @functools.cache
-def _jitted_step(model: CausalLM):
-    @jax.jit
+def _jitted_step(model: CausalLM, mesh: jax.sharding.Mesh | None):
     def step(params, ids, positions, pools, metadata):
         hidden, pools = model.hidden_states(params, ids, positions, pools, metadata)
         return model.logits(params, hidden), pools
 
-    return step
+    if mesh is not None:
+        step = jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(model.param_specs, P(), P(), pool_spec(), P()),
+            out_specs=(P(), pool_spec()),
+            check_vma=False,
+        )
+    return jax.jit(step)

@@ -300,6 +300,13 @@ def _add_engine(command, *, for_requests: bool = True, with_api: bool = False) -
             metavar="WHICH",
         )
     add("--load-format", "auto, or dummy for random weights", "auto", metavar="FORMAT")
+    add(
+        "--tensor-parallel-size",
+        "devices that the model is cut over",
+        1,
+        type=int,
+        metavar="N",
+    )
     add("--dtype", "auto, float32, bfloat16 or float16", "auto", metavar="DTYPE")
     add(
         "--max-model-len",

@@ -138,8 +138,9 @@ def test_a_backend_without_host_memory_uses_numpy(monkeypatch):
         def addressable_memories(self):
             return []
 
-    assert block_swapper._host_memory(Bare()) is None
-    monkeypatch.setattr(block_swapper, "_host_memory", lambda device: None)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    assert block_swapper._host_memory(Bare(), here) is None
+    monkeypatch.setattr(block_swapper, "_host_memory", lambda device, sharding: None)
     swapper = Swapper(reserve=True)
     swapper.swap_out([(i, i) for i in range(1, 20)])
     assert isinstance(swapper.swapper._blocks[1], np.ndarray)

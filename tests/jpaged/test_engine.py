@@ -286,7 +286,7 @@ def test_the_pool_is_updated_in_place(llm):
         StepShape(4, 4, True, plain=True),
         StepShape(32, 4, False),
     ):
-        compiled = runner._lower(shape, num_blocks).compile()
+        compiled = runner.step.lower(shape, num_blocks).compile()
         analysis = compiled.memory_analysis()
         assert analysis.alias_size_in_bytes >= pool_bytes * num_layers, "the whole pool is aliased"
         assert analysis.temp_size_in_bytes < pool_bytes / 4, "there is no room for a copy of it"

@@ -182,7 +182,7 @@ def test_beam_search_answers_in_text(llm):
 def test_a_step_sorts_no_vocabulary_for_its_likeliest_tokens(llm):
     runner = llm.engine.runner
     shape = StepShape(OPTIONS["max_num_seqs"], OPTIONS["max_num_seqs"], True)
-    text = runner._lower(shape, runner.num_blocks).as_text()
+    text = runner.step.lower(shape, runner.num_blocks).as_text()
     chosen_from = re.findall(r"top_k.*tensor<\d+x(\d+)xf32>\s*->", text)
     chosen_from += re.findall(r"stablehlo\.sort.*?->\s*\(?tensor<\d+x(\d+)x", text, re.DOTALL)
     assert len(chosen_from) >= 3, "of the tiles' maxima, of their places, of the best tiles"

@@ -34,6 +34,7 @@ def _num_blocks(temp_bytes=None, max_num_seqs=100, **options):
         SPEC,
         num_layers=NUM_LAYERS,
         step_temp_bytes=step_temp_bytes,
+        devices=jax.local_devices(),
     )
 
 

@@ -10,17 +10,21 @@ VOCAB_SIZE = 70
 WIDTH = 3
 
 
+def _here(shapes):
+    return shapes
+
+
 @pytest.mark.parametrize(
     ("num_rows", "sizes"), [(1, [1]), (4, [4]), (8, [8]), (9, [8, 9]), (256, [8, 64, 256])]
 )
 def test_there_are_few_programs(num_rows, sizes):
     names = [f"set_masks_{size}" for size in sizes]
-    assert list(TokenMasks(num_rows, VOCAB_SIZE).programs()) == names
+    assert list(TokenMasks(num_rows, VOCAB_SIZE, _here).programs()) == names
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 20])
 def test_only_the_rows_named_get_a_mask(count):
-    masks = TokenMasks(20, VOCAB_SIZE)
+    masks = TokenMasks(20, VOCAB_SIZE, _here)
     programs = {name: compile() for name, compile in masks.programs().items()}
     rng = np.random.default_rng(count)
     want = rng.integers(-(2**31), 2**31, (20, WIDTH)).astype(np.int32)

@@ -15,8 +15,8 @@ from jpaged.models import load_model
 RAW = CASES["llama_mqa_tied"]
 
 
-def load(directory, **options):
-    return load_model(directory, **({"dtype": "float32"} | options))
+def load(directory, dtype="float32", **options):
+    return load_model(directory, dtype=dtype, **options)
 
 
 def equal(a, b):
