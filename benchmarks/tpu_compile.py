@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import time
+import unittest.mock
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,10 +52,26 @@ def _write_kv() -> Callable:
     return write_kv_mosaic_tpu.write_kv
 
 
+def _rope_write_kv() -> Callable:
+    from jpaged.pallas_kernels import mosaic_tpu, rope_write_kv
+
+    def step(*args: Any) -> Any:
+        with unittest.mock.patch.object(mosaic_tpu, "device_reasons", tuple):  # there is no TPU
+            return rope_write_kv(*args, num_heads=9, implementation="mosaic_tpu")
+
+    return step
+
+
 def _copy_blocks() -> Callable:
     from jpaged.pallas_kernels import copy_blocks_mosaic_tpu
 
     return copy_blocks_mosaic_tpu.copy_blocks
+
+
+def _pool(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int) -> tuple[int, ...]:
+    if head_dim == 64:  # merged
+        return (num_blocks, 1, num_kv_heads, block_size, 128)
+    return (num_blocks, 2, num_kv_heads, block_size, head_dim)
 
 
 def _attention_problem(
@@ -68,7 +85,7 @@ def _attention_problem(
     max_blocks: int = 256,
     **options: Any,
 ) -> Problem:
-    pool = (8192, 2, heads[1], block_size, head_dim)
+    pool = _pool(8192, heads[1], block_size, head_dim)
     return Problem(
         name=name,
         make=lambda: _attention(**options),
@@ -112,6 +129,26 @@ def problems() -> Iterator[Problem]:
         yield Problem(
             name=f"copy_blocks_{size}", make=_copy_blocks, args=(pool, ids, ids), donated=0
         )
+
+    yield from _smollm2_135m()
+
+
+def _smollm2_135m() -> Iterator[Problem]:
+    """The default model's shape: 9 query and 3 KV heads of 64."""
+    heads, head_dim, num_tokens = (9, 3), 64, 256
+    attention = functools.partial(_attention_problem, heads=heads, head_dim=head_dim)
+    yield attention("smollm2_attention_decode", max_query_len=1)
+    yield attention("smollm2_attention_mixed", num_tokens=2048, num_seqs=16)
+    pool = (_pool(8192, heads[1], 16, head_dim), "bfloat16")
+    rows = ((num_tokens, heads[1], head_dim), "bfloat16")
+    slots, angles = ((num_tokens,), "int32"), ((num_tokens, head_dim // 2), "float32")
+    qkv = ((num_tokens, (heads[0] + 2 * heads[1]) * head_dim), "bfloat16")
+    ids = ((16,), "int32")
+    in_place = functools.partial(Problem, donated=0)
+    yield in_place(name="smollm2_write_kv", make=_write_kv, args=(pool, rows, rows, slots))
+    args = (pool, qkv, angles, angles, slots)
+    yield in_place(name="smollm2_rope_write_kv", make=_rope_write_kv, args=args)
+    yield in_place(name="smollm2_copy_blocks", make=_copy_blocks, args=(pool, ids, ids))
 
 
 def peers() -> Iterator[Problem]:

@@ -1,7 +1,7 @@
 """Blocks between the device's pools and host memory: what swapping and the host tier move.
 
-A swapped block is one array on the host, all its layers together (`[num_layers, 2, num_kv_heads,
-block_size, head_dim]`), in page-locked memory where the backend offers it. Everything is dispatched
+A swapped block is one array on the host, all its layers together (`[num_layers, *block]`), in
+page-locked memory where the backend offers it. Everything is dispatched
 in the order of the steps and waited for by none of them: on the way out one program gathers the
 blocks into arrays of their own, which travel while later steps write to the pool; on the way in
 they travel while the step before runs, and one program writes them into the donated pools.

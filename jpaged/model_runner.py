@@ -24,7 +24,7 @@ from jpaged.config import SchedulerConfig
 from jpaged.engine_config import EngineConfig
 from jpaged.input_batch import InputBatch, packed_size
 from jpaged.models.loader import LoadedModel
-from jpaged.pallas_kernels import KVCacheSpec
+from jpaged.pallas_kernels import KVCacheSpec, preferred_layout
 from jpaged.request import Sequence
 from jpaged.sampling_rows import RequestSampling
 from jpaged.scheduler_output import SchedulerOutput
@@ -137,6 +137,7 @@ class ModelRunner:
             num_kv_heads=model.local_config.num_kv_heads,
             head_dim=model.config.head_dim,
             dtype=jnp.dtype(model.dtype),
+            layout=preferred_layout(model.config.head_dim),
         )
         vocab_size = loaded.config.vocab_size
         limit = config.max_logprobs

@@ -6,6 +6,7 @@ from jpaged.pallas_kernels.copy_blocks import copy_blocks as copy_blocks
 from jpaged.pallas_kernels.kv_cache_layout import KVCacheSpec as KVCacheSpec
 from jpaged.pallas_kernels.linear import linear as linear
 from jpaged.pallas_kernels.linear import num_splits as num_splits
+from jpaged.pallas_kernels.mosaic_tpu import preferred_layout as preferred_layout
 from jpaged.pallas_kernels.paged_attention import paged_attention as paged_attention
 from jpaged.pallas_kernels.rope_write_kv import rope_write_kv as rope_write_kv
 from jpaged.pallas_kernels.rope_write_kv import rotate as rotate
@@ -19,6 +20,7 @@ __all__ = [
     "linear",
     "num_splits",
     "paged_attention",
+    "preferred_layout",
     "rms_norm",
     "rope_write_kv",
     "rotate",

@@ -1,18 +1,19 @@
 """Copying whole blocks inside the pool: what copy-on-write asks for."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
 from jpaged.pallas_kernels import mosaic_gpu, mosaic_tpu, registry
+from jpaged.pallas_kernels.kv_cache_layout import Pool
 
 
 def copy_blocks(
-    pool: Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"],
+    pool: Pool,
     src: Int32[Array, " num_copies"],
     dst: Int32[Array, " num_copies"],
     *,
     implementation: registry.Implementation | None = None,
-) -> Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"]:
+) -> Pool:
     """The pool with block `dst[i]` holding what block `src[i]` held, for all `i` at once.
 
     All sources are read before any destination is written. A pair with an id outside the pool is

@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.tpu as pltpu
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
+from jpaged.pallas_kernels.kv_cache_layout import KVCacheSpec, Pool
 from jpaged.pallas_kernels.mosaic_tpu import pool_reasons
 
 # What all sources of a call may take of VMEM.
@@ -15,7 +16,7 @@ COPY_BYTES = 16 * 2**20
 
 def unsupported_reasons(pool: jax.Array, num_copies: int) -> list[str]:
     """Why the kernel cannot serve this problem on a TPU; empty if it can."""
-    reasons = pool_reasons(pool.shape[3], pool.shape[4], pool.dtype)
+    reasons = pool_reasons(KVCacheSpec.of(pool))
     if not num_copies or not pool.size:
         reasons.append("nothing to copy")
     else:
@@ -26,12 +27,12 @@ def unsupported_reasons(pool: jax.Array, num_copies: int) -> list[str]:
 
 
 def copy_blocks(
-    pool: Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"],
+    pool: Pool,
     src: Int32[Array, " num_copies"],
     dst: Int32[Array, " num_copies"],
     *,
     interpret: Any = None,
-) -> Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"]:
+) -> Pool:
     """See `copy_blocks.copy_blocks`; `interpret` takes `pltpu.InterpretParams`."""
     num_blocks, num_copies = pool.shape[0], src.shape[0]
 

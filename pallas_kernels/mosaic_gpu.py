@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jpaged.pallas_kernels.kv_cache_layout import KVCacheSpec
 from jpaged.pallas_kernels.target import target_platform
 
 # Streaming multiprocessors of an H100 or H200 with SXM; kernels are persistent and launch one
@@ -31,6 +32,11 @@ def _gpu_reasons() -> tuple[str, ...]:
     if capability != "9.0":
         return (f"needs compute capability 9.0 (Hopper), this GPU has {capability}",)
     return ()
+
+
+def layout_reasons(spec: KVCacheSpec) -> list[str]:
+    """Why the kernels cannot read a pool laid out like this; empty if they can."""
+    return [] if spec.layout == "split" else [f"needs the split layout, got {spec.layout}"]
 
 
 @functools.cache

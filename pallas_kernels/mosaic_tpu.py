@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 
+from jpaged.pallas_kernels.kv_cache_layout import KVCacheSpec, Layout
 from jpaged.pallas_kernels.target import target_platform
 
 LANES = 128
 SUBLANES = 8
-# Rows of 64 elements fill half a tile: XLA would copy the whole pool into such a layout each call.
-HEAD_DIMS = (128, 256)
+# Elements of a row. Rows of 64 fill half a tile: XLA would copy the whole pool at each call to lay
+# it out like that, so heads of 64 need the merged layout.
+ROW_SIZES = (128, 256)
 DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 
 
@@ -18,15 +20,23 @@ def device_reasons() -> tuple[str, ...]:
     return () if platform == "tpu" else (f"the device is a {platform}, not a TPU",)
 
 
-def pool_reasons(block_size: int, head_dim: int, dtype: jax.typing.DTypeLike) -> list[str]:
+def preferred_layout(head_dim: int) -> Layout:
+    """The layout of a pool on the default device: merged where TPU kernels need it, else split."""
+    return "merged" if not device_reasons() and 2 * head_dim == LANES else "split"
+
+
+def pool_reasons(spec: KVCacheSpec) -> list[str]:
     """Why a pool's blocks are not whole TPU tiles; empty if they are."""
     reasons = []
-    if head_dim not in HEAD_DIMS:
-        reasons.append(f"needs head_dim in {HEAD_DIMS}, got {head_dim}")
-    if jnp.dtype(dtype) not in DTYPES:
-        reasons.append(f"needs bfloat16 or float32, got {jnp.dtype(dtype)}")
-    elif block_size % tile_rows(dtype):
-        reasons.append(f"needs blocks of a multiple of {tile_rows(dtype)} tokens, got {block_size}")
+    if spec.row_size not in ROW_SIZES:
+        reasons.append(
+            f"needs head_dim in {ROW_SIZES}, or half of one in the merged layout, "
+            f"got {spec.head_dim} in the {spec.layout} layout"
+        )
+    if spec.dtype not in DTYPES:
+        reasons.append(f"needs bfloat16 or float32, got {spec.dtype}")
+    elif spec.block_size % (rows := tile_rows(spec.dtype)):
+        reasons.append(f"needs blocks of a multiple of {rows} tokens, got {spec.block_size}")
     return reasons
 
 

@@ -6,11 +6,12 @@ from jaxtyping import Array, Float, Int32
 
 from jpaged.pallas_kernels import mosaic_gpu, mosaic_tpu, registry
 from jpaged.pallas_kernels.add_rms_norm import merge_partials
+from jpaged.pallas_kernels.kv_cache_layout import KVCacheSpec, Pool
 from jpaged.pallas_kernels.write_kv import write_kv
 
 
 def rope_write_kv(
-    pool: Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"],
+    pool: Pool,
     qkv: Float[Array, "*num_parts num_tokens qkv_size"],
     cos: Float[Array, "num_tokens half_head_dim"],
     sin: Float[Array, "num_tokens half_head_dim"],
@@ -19,7 +20,7 @@ def rope_write_kv(
     num_heads: int,
     implementation: registry.Implementation | None = None,
 ) -> tuple[
-    Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"],
+    Pool,
     Float[Array, "num_tokens num_heads head_dim"],
 ]:
     """The pool with the tokens' rotated keys and their values in their slots, and rotated queries.
@@ -83,11 +84,11 @@ def _rotate_then_write(
     implementation: registry.Implementation,
 ) -> tuple[Array, Array]:
     """The rotation by XLA, which fuses it with its neighbours, and the write by a kernel or XLA."""
-    num_kv_heads, _, head_dim = pool.shape[2:]
+    spec = KVCacheSpec.of(pool)
     if qkv.ndim == 3:
         qkv = merge_partials(qkv, pool.dtype)
-    qkv = qkv.reshape(qkv.shape[0], -1, head_dim)
-    q, k, v = jnp.split(qkv, [num_heads, num_heads + num_kv_heads], axis=1)
+    qkv = qkv.reshape(qkv.shape[0], -1, spec.head_dim)
+    q, k, v = jnp.split(qkv, [num_heads, num_heads + spec.num_kv_heads], axis=1)
     pool = write_kv(pool, rotate(k, cos, sin), v, slot_mapping, implementation=implementation)
     return pool, rotate(q, cos, sin)
 
@@ -112,12 +113,10 @@ def _check(
     slot_mapping: jax.Array,
     num_heads: int,
 ) -> None:
-    if pool.ndim != 5 or pool.shape[1] != 2 or pool.shape[4] % 2:
-        raise ValueError(
-            "pool must be [num_blocks, 2, num_kv_heads, block_size, head_dim] with an even "
-            f"head_dim, got {pool.shape=}"
-        )
-    num_kv_heads, _, head_dim = pool.shape[2:]
+    spec = KVCacheSpec.of(pool)
+    num_kv_heads, head_dim = spec.num_kv_heads, spec.head_dim
+    if head_dim % 2:
+        raise ValueError(f"pool must have an even head_dim, got {pool.shape=}")
     if num_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(
             "num_heads must be a multiple of num_kv_heads, "

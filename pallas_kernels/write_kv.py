@@ -4,16 +4,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jpaged.pallas_kernels import mosaic_gpu, mosaic_tpu, registry
+from jpaged.pallas_kernels.kv_cache_layout import KVCacheSpec, Pool, rows_of
 
 
 def write_kv(
-    pool: Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"],
+    pool: Pool,
     k: Float[Array, "num_tokens num_kv_heads head_dim"],
     v: Float[Array, "num_tokens num_kv_heads head_dim"],
     slot_mapping: Int32[Array, " num_tokens"],
     *,
     implementation: registry.Implementation | None = None,
-) -> Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"]:
+) -> Pool:
     """The pool with token `t` of `k` and `v` in slot `slot_mapping[t]`.
 
     In place where the pool is donated. A slot outside the pool is dropped, never clipped into a
@@ -24,8 +25,8 @@ def write_kv(
         ValueError: Shapes or dtypes contradict each other.
         NotImplementedError: The implementation asked for cannot serve the problem.
     """
-    num_kv_heads, _, head_dim = pool.shape[2:]
-    if k.shape != v.shape or k.shape[1:] != (num_kv_heads, head_dim):
+    spec = KVCacheSpec.of(pool)
+    if k.shape != v.shape or k.shape[1:] != (spec.num_kv_heads, spec.head_dim):
         raise ValueError(
             "k and v must be [num_tokens, num_kv_heads, head_dim] of the pool, "
             f"got {k.shape=}, {v.shape=}, {pool.shape=}"
@@ -74,5 +75,5 @@ def _xla(pool: Array, k: Array, v: Array, slot_mapping: Array) -> Array:
     block, offset = slot_mapping // block_size, slot_mapping % block_size
     # A negative slot would count from the end of the pool; send it past the end instead.
     block = jnp.where(slot_mapping < 0, pool.shape[0], block)
-    kv = jnp.stack([k, v], axis=1)  # [T, 2, K, D]
+    kv = rows_of(k, v, KVCacheSpec.of(pool).layout)
     return pool.at[block, :, :, offset].set(kv, mode="drop")

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jpaged.pallas_kernels.mosaic_gpu import store
+from jpaged.pallas_kernels.kv_cache_layout import KVCacheSpec
+from jpaged.pallas_kernels.mosaic_gpu import layout_reasons, store
 
 WARPS = 4
 LANES = 32
@@ -25,7 +26,7 @@ MAX_ELEMENTS = 8192
 def unsupported_reasons(pool: jax.Array, num_tokens: int) -> list[str]:
     """Why the kernel cannot serve this problem on a GPU that it runs on; empty if it can."""
     _, _, num_kv_heads, _, head_dim = pool.shape
-    reasons = []
+    reasons = layout_reasons(KVCacheSpec.of(pool))
     if pool.dtype not in (jnp.bfloat16, jnp.float16):
         reasons.append(f"needs bfloat16 or float16, got {pool.dtype}")
     if head_dim % 16 or not 0 < head_dim <= 256:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from jpaged.pallas_kernels.kv_cache_layout import KVCacheSpec, Pool, rows_of
 from jpaged.pallas_kernels.mosaic_tpu import pool_reasons, tile_rows
 
 # Windows on their way together: each batch waits for one read and one write.
@@ -25,25 +26,25 @@ VMEM_BYTES = 16 * 2**20
 
 def unsupported_reasons(pool: jax.Array, num_tokens: int) -> list[str]:
     """Why the kernel cannot serve this problem on a TPU; empty if it can."""
-    reasons = pool_reasons(pool.shape[3], pool.shape[4], pool.dtype)
+    reasons = pool_reasons(KVCacheSpec.of(pool))
     if not 1 <= num_tokens <= MAX_TOKENS:
         reasons.append(f"takes 1 to {MAX_TOKENS} tokens, got {num_tokens}")
     return reasons
 
 
 def write_kv(
-    pool: Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"],
+    pool: Pool,
     k: Float[Array, "num_tokens num_kv_heads head_dim"],
     v: Float[Array, "num_tokens num_kv_heads head_dim"],
     slot_mapping: Int32[Array, " num_tokens"],
     *,
     interpret: Any = None,
-) -> Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"]:
+) -> Pool:
     """See `write_kv.write_kv`; `interpret` takes `pltpu.InterpretParams`.
 
     Of two tokens with one slot the later one stays.
     """
-    num_blocks, _, num_kv_heads, block_size, head_dim = pool.shape
+    num_blocks, kinds, num_kv_heads, block_size, row_size = pool.shape
     rows = tile_rows(pool.dtype)
     num_tokens = k.shape[0]
     num_slots = num_blocks * block_size
@@ -55,12 +56,13 @@ def write_kv(
     is_first = (windows != jnp.roll(windows, 1).at[0].set(-1)) & (slots < out)
     starts = jnp.nonzero(is_first, size=num_tokens + 1, fill_value=jnp.sum(slots < out))[0]
     # A token's rows, each its own tile, so that they are spread over a window's without a relayout.
-    kv = jnp.stack([k, v], axis=1).astype(jnp.float32)[:, :, :, None]  # [T, 2, K, 1, D]
+    kv = rows_of(k, v, KVCacheSpec.of(pool).layout)
+    kv = kv.astype(jnp.float32)[:, :, :, None]
 
     def body(*refs):
         _write(*refs, rows=rows, windows_per_block=block_size // rows)
 
-    window_shape = (2, num_kv_heads, rows, head_dim)
+    window_shape = (kinds, num_kv_heads, rows, row_size)
     return pl.pallas_call(
         body,
         out_shape=jax.ShapeDtypeStruct(pool.shape, pool.dtype),
@@ -94,13 +96,13 @@ def _write(
     slot_ref,  # i32[num_tokens]: and their slots
     start_ref,  # i32[num_tokens + 1]: where each window begins in that order
     num_windows_ref,  # i32[1]
-    kv_ref,  # f32[num_tokens, 2, num_kv_heads, 1, head_dim]
+    kv_ref,  # f32[num_tokens, kinds, num_kv_heads, 1, row_size]
     _,  # the pool, which the output is
     # Outputs
-    pool_ref,  # [num_blocks, 2, num_kv_heads, block_size, head_dim]
+    pool_ref,  # [num_blocks, kinds, num_kv_heads, block_size, row_size]
     # Scratch
-    windows,  # [BATCH, 2, num_kv_heads, rows, head_dim]
-    new_rows,  # f32[BATCH, rows, 2, num_kv_heads, 1, head_dim]
+    windows,  # [BATCH, kinds, num_kv_heads, rows, row_size]
+    new_rows,  # f32[BATCH, rows, kinds, num_kv_heads, 1, row_size]
     window_arrived,
     row_arrived,
     window_left,

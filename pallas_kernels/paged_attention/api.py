@@ -2,13 +2,12 @@
 
 from typing import TYPE_CHECKING, TypeAlias
 
-import jax
 from jaxtyping import Array, Float, Int32
 
 from jpaged.pallas_kernels import mosaic_gpu as gpu
 from jpaged.pallas_kernels import mosaic_tpu as tpu
 from jpaged.pallas_kernels import registry
-from jpaged.pallas_kernels.kv_cache_layout import BLOCK_SIZES, KVCacheSpec
+from jpaged.pallas_kernels.kv_cache_layout import KVCacheSpec, Pool
 from jpaged.pallas_kernels.paged_attention import reference, xla
 
 # Pallas is imported where a kernel runs only: it takes a CPU 0.2 s.
@@ -45,16 +44,17 @@ def choose_implementation(
             return reasons
         from jpaged.pallas_kernels.paged_attention import mosaic_gpu
 
-        return mosaic_gpu.unsupported_reasons(*problem)
+        return gpu.layout_reasons(spec) or mosaic_gpu.unsupported_reasons(
+            num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.dtype
+        )
 
     def mosaic_tpu_reasons() -> list[str]:
         if reasons := list(tpu.device_reasons()):
             return reasons
         from jpaged.pallas_kernels.paged_attention import mosaic_tpu
 
-        return mosaic_tpu.unsupported_reasons(*problem)
+        return mosaic_tpu.unsupported_reasons(num_heads, spec)
 
-    problem = (num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.dtype)
     candidates: dict[registry.Implementation, Callable[[], list[str]]] = {
         "mosaic_gpu": mosaic_gpu_reasons,
         "mosaic_tpu": mosaic_tpu_reasons,
@@ -64,15 +64,8 @@ def choose_implementation(
     return registry.choose("paged_attention", requested, candidates)
 
 
-def _spec_of(pool: jax.Array) -> KVCacheSpec:
-    _, _, num_kv_heads, block_size, head_dim = pool.shape
-    return KVCacheSpec(
-        block_size=block_size, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=pool.dtype
-    )
-
-
 def make_schedule(
-    pool: Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"],
+    pool: Pool,
     block_tables: Int32[Array, "num_seqs max_blocks"],
     seq_lens: Int32[Array, " num_seqs"],
     query_start_loc: Int32[Array, " num_seqs_plus_1"],
@@ -99,7 +92,7 @@ def make_schedule(
     Raises:
         NotImplementedError: The implementation asked for cannot serve the problem.
     """
-    spec = _spec_of(pool)
+    spec = KVCacheSpec.of(pool)
     if choose_implementation(implementation, num_heads=num_heads, spec=spec) != "mosaic_gpu":
         return None
     from jpaged.pallas_kernels.paged_attention import mosaic_gpu
@@ -121,7 +114,7 @@ def make_schedule(
 
 def paged_attention(
     q: Float[Array, "num_tokens num_heads head_dim"],
-    pool: Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"],
+    pool: Pool,
     block_tables: Int32[Array, "num_seqs max_blocks"],
     seq_lens: Int32[Array, " num_seqs"],
     query_start_loc: Int32[Array, " num_seqs_plus_1"],
@@ -162,7 +155,7 @@ def paged_attention(
     _check(q, pool, block_tables, seq_lens, query_start_loc, scale, sliding_window, soft_cap)
     if max_query_len is not None and max_query_len < 1:
         raise ValueError(f"max_query_len must be at least 1, got {max_query_len}")
-    name = choose_implementation(implementation, num_heads=q.shape[1], spec=_spec_of(pool))
+    name = choose_implementation(implementation, num_heads=q.shape[1], spec=KVCacheSpec.of(pool))
     options = {
         "scale": q.shape[-1] ** -0.5 if scale is None else scale,
         "sliding_window": sliding_window,
@@ -187,17 +180,13 @@ def _check(q, pool, block_tables, seq_lens, query_start_loc, scale, sliding_wind
             "q, pool and block_tables must have 3, 5 and 2 axes, "
             f"got {q.shape=}, {pool.shape=}, {block_tables.shape=}"
         )
-    if pool.shape[1] != 2 or pool.shape[4] != q.shape[2]:
-        raise ValueError(
-            "pool must be [num_blocks, 2, num_kv_heads, block_size, head_dim] with q's head_dim, "
-            f"got {q.shape=}, {pool.shape=}"
-        )
-    if pool.shape[3] not in BLOCK_SIZES:
-        raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {pool.shape[3]}")
-    if q.shape[1] % pool.shape[2]:
+    spec = KVCacheSpec.of(pool)
+    if spec.head_dim != q.shape[2]:
+        raise ValueError(f"pool must be of heads with q's head_dim, got {q.shape=}, {pool.shape=}")
+    if q.shape[1] % spec.num_kv_heads:
         raise ValueError(
             "num_heads must be a multiple of num_kv_heads, "
-            f"got num_heads={q.shape[1]}, num_kv_heads={pool.shape[2]}"
+            f"got num_heads={q.shape[1]}, num_kv_heads={spec.num_kv_heads}"
         )
     if q.dtype != pool.dtype:
         raise ValueError(f"q and pool must have one dtype, got {q.dtype} and {pool.dtype}")

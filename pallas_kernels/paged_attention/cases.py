@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpaged.pallas_kernels.kv_cache_layout import NULL_BLOCK, KVCacheSpec
+from jpaged.pallas_kernels.kv_cache_layout import NULL_BLOCK, KVCacheSpec, Layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +55,9 @@ CASES = (
 )
 
 
-def make(case: Case, dtype: jax.typing.DTypeLike, seed: int = 0) -> dict[str, Any]:
+def make(
+    case: Case, dtype: jax.typing.DTypeLike, seed: int = 0, layout: Layout = "split"
+) -> dict[str, Any]:
     """Arguments of `paged_attention` for a case.
 
     Physical blocks are permuted; blocks that no sequence owns, the null block among them, and the
@@ -82,6 +84,8 @@ def make(case: Case, dtype: jax.typing.DTypeLike, seed: int = 0) -> dict[str, An
             filled = min(length - block * block_size, block_size)
             shape = (2, case.num_kv_heads, filled, case.head_dim)
             pool[block_id, :, :, :filled] = rng.standard_normal(shape)
+    if layout == "merged":
+        pool = np.concatenate(np.split(pool, 2, axis=1), axis=-1)
     num_tokens = sum(case.query_lens) + case.num_padding_tokens
     q = rng.standard_normal((num_tokens, case.num_heads, case.head_dim))
     lens = np.zeros(num_seqs, np.int32)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from jpaged.pallas_kernels.kv_cache_layout import KVCacheSpec, Pool
 from jpaged.pallas_kernels.mosaic_tpu import LANES, SUBLANES, pool_reasons
 from jpaged.pallas_kernels.paged_attention import mosaic_tpu_kernel
 from jpaged.pallas_kernels.paged_attention.mosaic_tpu_kernel import Items, Tiling
@@ -28,21 +29,14 @@ CHUNK_ELEMENTS = 4096 * 128
 CHUNK_TILE_KV = 512
 
 
-def unsupported_reasons(
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    block_size: int,
-    dtype: jax.typing.DTypeLike,
-) -> list[str]:
+def unsupported_reasons(num_heads: int, spec: KVCacheSpec) -> list[str]:
     """Why the kernel cannot serve a problem on a TPU; empty if it can."""
-    reasons = pool_reasons(block_size, head_dim, dtype)
-    if num_heads * head_dim * SUBLANES > CHUNK_ELEMENTS:
-        most = CHUNK_ELEMENTS // (SUBLANES * head_dim)
+    reasons = pool_reasons(spec)
+    if num_heads * spec.row_size * SUBLANES > CHUNK_ELEMENTS:
+        most = CHUNK_ELEMENTS // (SUBLANES * spec.row_size)
         reasons.append(f"takes up to {most} query heads, got {num_heads}")
-    block_bytes = 2 * num_kv_heads * block_size * head_dim * jnp.dtype(dtype).itemsize
-    if block_bytes > TILE_BYTES:
-        reasons.append(f"takes blocks of up to {TILE_BYTES} bytes, got {block_bytes}")
+    if spec.block_bytes > TILE_BYTES:
+        reasons.append(f"takes blocks of up to {TILE_BYTES} bytes, got {spec.block_bytes}")
     return reasons
 
 
@@ -50,13 +44,11 @@ def choose_tiling(
     *,
     tile_q: int,
     num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    block_size: int,
-    dtype: jax.typing.DTypeLike,
+    spec: KVCacheSpec,
     tile_bytes: int = TILE_BYTES,
 ) -> Tiling:
     """How the kernel walks a problem; `tile_q` is 1 for decodes, else a power of two."""
+    num_kv_heads, block_size = spec.num_kv_heads, spec.block_size
     group_size = num_heads // num_kv_heads
     # Heads whose query rows fill the sublanes of a register together.
     packed = max(
@@ -64,8 +56,7 @@ def choose_tiling(
         for n in range(1, num_kv_heads + 1)
         if num_kv_heads % n == 0 and (n == 1 or n * tile_q * group_size <= SUBLANES)
     )
-    padded_dim = max(head_dim, LANES)
-    token_bytes = 2 * num_kv_heads * padded_dim * jnp.dtype(dtype).itemsize
+    token_bytes = spec.kinds * num_kv_heads * max(spec.row_size, LANES) * spec.dtype.itemsize
     most = tile_bytes // token_bytes
     if tile_q > 1:
         most = min(most, CHUNK_TILE_KV)
@@ -75,17 +66,17 @@ def choose_tiling(
         group_size=group_size,
         num_kv_heads=num_kv_heads,
         packed_heads=packed,
-        head_dim=head_dim,
+        row_size=spec.row_size,
         block_size=block_size,
         blocks=1 << (blocks.bit_length() - 1),
     )
 
 
 def chunk_tile_q(
-    num_heads: int, num_kv_heads: int, head_dim: int, max_query_len: int | None
+    num_heads: int, num_kv_heads: int, row_size: int, max_query_len: int | None
 ) -> int:
     """Queries of a chunk's tile: a power of two, at least 8, so that rows fill sublanes."""
-    most = min(CHUNK_ROWS * num_kv_heads // num_heads, CHUNK_ELEMENTS // (num_heads * head_dim))
+    most = min(CHUNK_ROWS * num_kv_heads // num_heads, CHUNK_ELEMENTS // (num_heads * row_size))
     if max_query_len is not None:
         most = min(most, 1 << (max_query_len - 1).bit_length())
     return 1 << (max(SUBLANES, most).bit_length() - 1)
@@ -93,7 +84,7 @@ def chunk_tile_q(
 
 def paged_attention(
     q: Float[Array, "num_tokens num_heads head_dim"],
-    pool: Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"],
+    pool: Pool,
     block_tables: Int32[Array, "num_seqs max_blocks"],
     seq_lens: Int32[Array, " num_seqs"],
     query_start_loc: Int32[Array, " num_seqs_plus_1"],
@@ -110,20 +101,17 @@ def paged_attention(
     For tests, `interpret` takes `pltpu.InterpretParams`, and `tile_bytes` makes tiles small.
     """
     num_tokens, num_heads, head_dim = q.shape
-    _, _, num_kv_heads, block_size, _ = pool.shape
+    spec = KVCacheSpec.of(pool)
     tiling_of = functools.partial(
-        choose_tiling,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        block_size=block_size,
-        dtype=pool.dtype,
-        tile_bytes=tile_bytes,
+        choose_tiling, num_heads=num_heads, spec=spec, tile_bytes=tile_bytes
     )
+    # In the merged layout a row is [K, V]: queries with zeros beside them see K only, and of what
+    # weights make of whole rows V is the last part.
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, spec.row_size - head_dim)))
     tables = _table_rows(block_tables)
     tile_qs = [1]
     if max_query_len != 1 and num_tokens > 1:
-        tile_qs.append(chunk_tile_q(num_heads, num_kv_heads, head_dim, max_query_len))
+        tile_qs.append(chunk_tile_q(num_heads, spec.num_kv_heads, spec.row_size, max_query_len))
     out = jnp.zeros_like(q)
     for tile_q in tile_qs:
         tiling = tiling_of(tile_q=tile_q)
@@ -143,7 +131,7 @@ def paged_attention(
             interpret=interpret,
         )
         out = jnp.where(batch.is_mine[:, None, None], _unpack(tiles, batch, tiling), out)
-    return out
+    return out[:, :, spec.row_size - head_dim :]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,7 +196,7 @@ def _cut(seq_lens, query_start_loc, tiling, *, num_tokens, sliding_window) -> _B
 
 
 def _pack(q: jax.Array, batch: _Batch, tiling: Tiling) -> jax.Array:
-    """Queries as the kernel reads them: [num_items, num_packs, rows, packed_heads * head_dim].
+    """Queries as the kernel reads them: [num_items, num_packs, rows, packed_heads * row_size].
 
     Heads of a pack lie in a block diagonal, so that one product with their keys side by side gives
     the logits of each with its own keys only. Rows are ordered (head, query head, query).
@@ -216,20 +204,20 @@ def _pack(q: jax.Array, batch: _Batch, tiling: Tiling) -> jax.Array:
     t = tiling
     token = batch.first_token[:, None] + jnp.arange(t.tile_q)
     tiles = q.at[token].get(mode="fill", fill_value=0)  # [I, tile_q, H, D]
-    tiles = tiles.reshape(-1, t.tile_q, t.num_packs, t.packed_heads, t.group_size, t.head_dim)
+    tiles = tiles.reshape(-1, t.tile_q, t.num_packs, t.packed_heads, t.group_size, t.row_size)
     tiles = jnp.einsum("iqphgd,hj->iphgqjd", tiles, jnp.eye(t.packed_heads, dtype=q.dtype))
-    tiles = tiles.reshape(-1, t.num_packs, t.used_rows, t.packed_heads * t.head_dim)
+    tiles = tiles.reshape(-1, t.num_packs, t.used_rows, t.packed_heads * t.row_size)
     return jnp.pad(tiles, ((0, 0), (0, 0), (0, t.rows - t.used_rows), (0, 0)))
 
 
 def _unpack(tiles: jax.Array, batch: _Batch, tiling: Tiling) -> jax.Array:
-    """The outputs of each token, [num_tokens, num_heads, head_dim]: what `_pack` did, undone."""
+    """The outputs of each token, [num_tokens, num_heads, row_size]: what `_pack` did, undone."""
     t = tiling
     tiles = tiles[:, :, : t.used_rows].reshape(
-        -1, t.num_packs, t.packed_heads, t.group_size, t.tile_q, t.packed_heads, t.head_dim
+        -1, t.num_packs, t.packed_heads, t.group_size, t.tile_q, t.packed_heads, t.row_size
     )
     own = jnp.stack([tiles[:, :, h, :, :, h] for h in range(t.packed_heads)], axis=2)
     own = jnp.moveaxis(own, 4, 1)  # [I, tile_q, packs, heads, G, D]
     item = jnp.clip(batch.item_of_token, 0, own.shape[0] - 1)
     rows = own[item, batch.row_of_token]
-    return rows.reshape(rows.shape[0], -1, t.head_dim)
+    return rows.reshape(rows.shape[0], -1, t.row_size)

@@ -38,7 +38,7 @@ class Tiling:
     group_size: int
     num_kv_heads: int
     packed_heads: int
-    head_dim: int
+    row_size: int
     block_size: int
     blocks: int
 
@@ -89,7 +89,7 @@ def attend(
     soft_cap: float | None,
     interpret: Any = None,
 ) -> jax.Array:
-    """Attention of each item, [num_items, num_packs, rows, packed_heads * head_dim].
+    """Attention of each item, [num_items, num_packs, rows, packed_heads * row_size].
 
     Args:
         q: Queries of the same shape, a pack's heads in a block diagonal.
@@ -170,12 +170,12 @@ class _Body:
         last_tile_ref,
         num_steps_ref,  # i32[1]
         q_ref,  # [num_items, num_packs, rows, packed_dim]
-        pool_ref,  # [num_blocks, 2, num_kv_heads, block_size, head_dim]
+        pool_ref,  # [num_blocks, kinds, num_kv_heads, block_size, row_size]
         tables_ref,  # i32[num_seqs * table_stride, 1, LANES]
         # Outputs
         out_ref,  # as q_ref
         # Scratch
-        kv_tiles,  # [AHEAD + 1, blocks, 2, num_kv_heads, block_size, head_dim]
+        kv_tiles,  # [AHEAD + 1, blocks, kinds, num_kv_heads, block_size, row_size]
         table_tiles,  # i32[2, 1, LANES]
         q_tiles,  # [Q_SLOTS, num_packs, rows, packed_dim]
         out_tiles,  # [2, num_packs, rows, packed_dim]
@@ -190,6 +190,7 @@ class _Body:
         t = self.tiling
         num_items = seq_ref.shape[0]
         num_steps = num_steps_ref[0]
+        v_kind = kv_tiles.shape[2] - 1  # in the merged layout K is there too
 
         def following(item, tile):
             """The step after this one; what comes after the last one has no work."""
@@ -269,9 +270,9 @@ class _Body:
             def _():
                 @pl.loop(lax.div(end, jnp.int32(t.block_size)), t.blocks)
                 def _(i):
-                    v = kv_tiles[kv_slot, i, 1]
+                    v = kv_tiles[kv_slot, i, v_kind]
                     token = lax.broadcasted_iota(jnp.int32, v.shape, 1) + i * t.block_size
-                    kv_tiles[kv_slot, i, 1] = jnp.where(token < end, v, jnp.zeros_like(v))
+                    kv_tiles[kv_slot, i, v_kind] = jnp.where(token < end, v, jnp.zeros_like(v))
 
         def step_body(step, carry):
             (item, tile), coming, (ahead_item, ahead_tile), kv_slot = carry
@@ -370,7 +371,7 @@ class _Body:
         def heads_side_by_side(kind, pack):
             heads = range(pack * t.packed_heads, (pack + 1) * t.packed_heads)
             return jnp.concatenate(
-                [kv_ref[:, kind, head].reshape(t.tile_kv, t.head_dim) for head in heads], axis=1
+                [kv_ref[:, kind, head].reshape(t.tile_kv, t.row_size) for head in heads], axis=1
             )
 
         def logits_of(pack):
@@ -399,7 +400,7 @@ class _Body:
         def add_values(pack, weights, rescale):
             values = lax.dot_general(
                 weights,
-                heads_side_by_side(1, pack),
+                heads_side_by_side(kv_ref.shape[1] - 1, pack),
                 (((1,), (0,)), ((), ())),
                 preferred_element_type=jnp.float32,
                 precision=exact,

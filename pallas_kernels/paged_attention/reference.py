@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from jpaged.pallas_kernels.kv_cache_layout import KVCacheSpec, Pool, split_blocks
+
 
 def paged_attention(
     q: Float[Array, "num_tokens num_heads head_dim"],
-    pool: Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"],
+    pool: Pool,
     block_tables: Int32[Array, "num_seqs max_blocks"],
     seq_lens: Int32[Array, " num_seqs"],
     query_start_loc: Int32[Array, " num_seqs_plus_1"],
@@ -20,7 +22,8 @@ def paged_attention(
     """See `jpaged.pallas_kernels.paged_attention`. Gathers whole contexts: for tests only."""
     del max_query_len  # a hint for speed
     num_tokens, num_heads, head_dim = q.shape
-    _, _, num_kv_heads, block_size, _ = pool.shape
+    spec = KVCacheSpec.of(pool)
+    num_kv_heads, block_size = spec.num_kv_heads, spec.block_size
     num_seqs, max_blocks = block_tables.shape
     token = jnp.arange(num_tokens)
     seq = jnp.searchsorted(query_start_loc, token, side="right") - 1  # [T]
@@ -29,7 +32,7 @@ def paged_attention(
     query_lens = query_start_loc[1:] - query_start_loc[:-1]
     position = seq_lens[seq] - query_lens[seq] + token - query_start_loc[seq]
 
-    kv = pool[block_tables].astype(jnp.float32)  # [S, B, 2, K, block_size, D]
+    kv = split_blocks(pool[block_tables]).astype(jnp.float32)  # [S, B, 2, K, block_size, D]
     kv = jnp.moveaxis(kv, 4, 2).reshape(
         num_seqs, max_blocks * block_size, 2, num_kv_heads, head_dim
     )

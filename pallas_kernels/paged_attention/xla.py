@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from jpaged.pallas_kernels.kv_cache_layout import Pool, split_blocks
+
 # Slots of context a step of either loop reads: 128 was best of 64 to 256 on a 2-core CPU
 # (benchmarks/cpu_choices.py).
 TILE_KV = 128
@@ -34,7 +36,7 @@ _MAX_START = -1e20
 
 def paged_attention(
     q: Float[Array, "num_tokens num_heads head_dim"],
-    pool: Float[Array, "num_blocks 2 num_kv_heads block_size head_dim"],
+    pool: Pool,
     block_tables: Int32[Array, "num_seqs max_blocks"],
     seq_lens: Int32[Array, " num_seqs"],
     query_start_loc: Int32[Array, " num_seqs_plus_1"],
@@ -89,7 +91,7 @@ def _attend_tile(
     """
     running_max, running_sum, acc = carry
     # An id outside the pool shows as NaN instead of being clipped to somebody's block.
-    kv = pool.at[blocks].get(mode="fill", fill_value=math.nan)  # [R, b, 2, K, block_size, D]
+    kv = split_blocks(pool.at[blocks].get(mode="fill", fill_value=math.nan))
     rows, per_tile, _, num_kv_heads, block_size, head_dim = kv.shape
     tile = per_tile * block_size
     kv = jnp.moveaxis(kv, 1, 3).reshape(rows, 2, num_kv_heads, tile, head_dim)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jpaged import LLM, SamplingParams
+from jpaged import LLM, SamplingParams, model_runner
 from jpaged.request import SequenceStatus
 
 _rng = np.random.RandomState(5)
@@ -155,6 +155,17 @@ def test_aborting_what_is_swapped_out_leaves_nothing(tiny_options, roomy):
             assert reason == ("abort" if str(index) in swapped else "length")
             if reason == "length":
                 assert found[str(index)].outputs[0].token_ids == expected[0]
+        _assert_idle(llm)
+
+
+def test_tokens_do_not_depend_on_the_layout_of_the_pool(monkeypatch, tiny_options, roomy):
+    expected = _run(roomy, PROMPTS, GREEDY)
+    monkeypatch.setattr(model_runner, "preferred_layout", lambda head_dim: "merged")
+    with LLM(**tiny_options | SMALL, preemption_mode="swap") as llm:
+        spec = llm.engine.runner.kv_spec
+        assert spec.shape(1)[1::3] == (1, 2 * spec.head_dim)
+        assert _run(llm, PROMPTS, GREEDY) == expected
+        assert llm.stats().scheduler.num_swaps > 0
         _assert_idle(llm)
 
 

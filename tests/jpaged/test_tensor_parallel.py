@@ -158,7 +158,7 @@ def test_swapped_sequences_go_on_as_if_never(tiny_options):
 def test_a_device_holds_its_share_of_the_pool_and_it_is_updated_in_place(tiny_options):
     with LLM(**tiny_options, tensor_parallel_size=2) as llm:
         runner = llm.engine.runner
-        pool = runner._pools[0]
+        pool = next(iter(runner._pools))
         assert pool.shape[2] == 2
         assert {shard.data.shape[2] for shard in pool.addressable_shards} == {1}
         analysis = runner.step.lower(StepShape(4, 4, True), 5000).compile().memory_analysis()

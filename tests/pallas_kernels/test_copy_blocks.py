@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers import require_gpu_interpreter
 
-from jpaged.pallas_kernels import KVCacheSpec, copy_blocks
+from jpaged.pallas_kernels import copy_blocks
 
 
 def _pool():
@@ -76,13 +76,3 @@ def test_mosaic_gpu_says_what_it_cannot_serve(kernel):
 def test_mosaic_gpu_asked_for_where_it_cannot_run():
     with pytest.raises(NotImplementedError, match="mosaic_gpu cannot run here"):
         copy_blocks(_pool(), jnp.array([1]), jnp.array([2]), implementation="mosaic_gpu")
-
-
-def test_layout_counts_the_bytes_it_allocates():
-    spec = KVCacheSpec(block_size=16, num_kv_heads=3, head_dim=64, dtype=jnp.dtype(jnp.bfloat16))
-    assert spec.allocate(7).nbytes == 7 * spec.block_bytes
-
-
-def test_layout_refuses_odd_block_sizes():
-    with pytest.raises(ValueError, match="block_size must be one of"):
-        KVCacheSpec(block_size=12, num_kv_heads=3, head_dim=64, dtype=jnp.dtype(jnp.float32))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import assert_no_races, tpu_interpreter
 
-from jpaged.pallas_kernels import paged_attention
+from jpaged.pallas_kernels import KVCacheSpec, paged_attention
 from jpaged.pallas_kernels.paged_attention import mosaic_tpu, reference
 from jpaged.pallas_kernels.paged_attention.cases import CASES, Case, make
 
@@ -18,7 +18,8 @@ TILE_TOKENS = 32
 
 
 def _run(case, dtype, **options):
-    arrays = make(case, dtype)
+    # The layouts that a pool has on a TPU.
+    arrays = make(case, dtype, layout="merged" if case.head_dim == 64 else "split")
     options |= {
         "scale": case.scale or case.head_dim**-0.5,
         "sliding_window": case.sliding_window,
@@ -26,7 +27,7 @@ def _run(case, dtype, **options):
     }
     exact = {k: x.astype(jnp.float32) if k in ("q", "pool") else x for k, x in arrays.items()}
     expected = reference.paged_attention(**exact, **options)
-    token_bytes = 2 * case.num_kv_heads * max(case.head_dim, 128) * jnp.dtype(dtype).itemsize
+    token_bytes = KVCacheSpec.of(arrays["pool"]).block_bytes // case.block_size
     out = mosaic_tpu.paged_attention(
         **arrays,
         **options,
@@ -47,7 +48,7 @@ def test_equals_the_reference(case):
 
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim", "block_size"),
-    [(32, 8, 128, 16), (9, 3, 64, 32), (4, 2, 256, 64), (6, 6, 128, 128), (16, 1, 128, 16)],
+    [(32, 8, 128, 16), (9, 3, 64, 16), (4, 2, 256, 64), (6, 6, 128, 128), (16, 1, 128, 16)],
 )
 def test_shapes_of_models_in_bfloat16(num_heads, num_kv_heads, head_dim, block_size):
     case = Case(
@@ -63,8 +64,9 @@ def test_shapes_of_models_in_bfloat16(num_heads, num_kv_heads, head_dim, block_s
 
 
 def test_decodes_only():
-    _run(Case(name="d", query_lens=(1,) * 4, seq_lens=(1, 32, 33, 100)), jnp.float32)
-    _run(Case(name="hint", query_lens=(1,) * 3, seq_lens=(5, 64, 97)), jnp.float32, max_query_len=1)
+    decodes = Case(name="d", query_lens=(1,) * 4, seq_lens=(1, 32, 33, 100), head_dim=128)
+    _run(decodes, jnp.float32)
+    _run(decodes, jnp.float32, max_query_len=1)
 
 
 def test_nothing_to_do():
@@ -76,8 +78,11 @@ def test_nothing_to_do():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"head_dim": 80}, r"needs head_dim in \(128, 256\), got 80"),
-        ({"dtype": jnp.float16}, "needs bfloat16 or float32, got float16"),
+        ({"head_dim": 80}, r"needs head_dim in \(128, 256\), .* got 80 in the split layout"),
+        ({"head_dim": 64}, r"half of one in the merged layout, got 64 in the split layout"),
+        ({"layout": "merged", "head_dim": 80}, "got 80 in the merged layout"),
+        ({"layout": "merged", "head_dim": 128, "num_heads": 520}, "up to 256 query heads, got 520"),
+        ({"dtype": jnp.dtype(jnp.float16)}, "needs bfloat16 or float32, got float16"),
         ({"block_size": 8}, "needs blocks of a multiple of 16 tokens, got 8"),
         ({"num_heads": 1040}, "takes up to 512 query heads, got 1040"),
         ({"num_kv_heads": 40, "num_heads": 40, "head_dim": 256, "block_size": 128}, "blocks of up"),
@@ -89,10 +94,15 @@ def test_reasons_against_a_problem(change, reason):
         "num_kv_heads": 8,
         "head_dim": 128,
         "block_size": 16,
-        "dtype": jnp.bfloat16,
+        "dtype": jnp.dtype(jnp.bfloat16),
     }
-    assert not mosaic_tpu.unsupported_reasons(**problem)
-    (found,) = mosaic_tpu.unsupported_reasons(**{**problem, **change})
+
+    def reasons(*, num_heads, **spec):
+        return mosaic_tpu.unsupported_reasons(num_heads, KVCacheSpec(**spec))
+
+    assert not reasons(**problem)
+    assert not reasons(**{**problem, "head_dim": 64, "layout": "merged"})
+    (found,) = reasons(**{**problem, **change})
     assert re.search(reason, found)
 
 

@@ -7,13 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from benchmarks.tpu_compile import CHIPS, prepare, problems
 
 ROOT = Path(__file__).parents[2]
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
-QUICK = ("attention_decode_16", "write_kv_16_of_64_tokens", "copy_blocks_16")
+QUICK = (
+    "attention_decode_16",
+    "write_kv_16_of_64_tokens",
+    "copy_blocks_16",
+    "smollm2_attention_decode",
+    "smollm2_rope_write_kv",
+    "smollm2_copy_blocks",
+)
 
 needs_libtpu = pytest.mark.skipif(
     not HAS_LIBTPU, reason="the TPU compiler is not installed: pip install libtpu"
@@ -33,8 +41,9 @@ def _compile(chip, names):
         result = results[problem.name]
         # The limit; they take up to 4 s on an idle machine.
         assert result["compile_s"] < 30
-        shapes = [shape for shape, _ in problem.args]
-        pool_bytes = 2 * max(math.prod(shape) for shape in shapes)
+        pool_bytes = max(
+            math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in problem.args
+        )
         assert result["temp_bytes"] < pool_bytes / 2, "the pool must not be copied"
         if problem.donated is not None:
             assert result["alias_bytes"] == pool_bytes

@@ -6,20 +6,30 @@ import pytest
 from helpers import assert_no_races, tpu_interpreter
 
 from jpaged.pallas_kernels import (
+    KVCacheSpec,
     copy_blocks,
     copy_blocks_mosaic_tpu,
     write_kv,
     write_kv_mosaic_tpu,
 )
+from jpaged.pallas_kernels.kv_cache_layout import Layout
 
 
 def _normal(*shape, dtype, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.dtype(dtype))
 
 
-def _check_write(num_kv_heads, block_size, dtype, slots):
-    pool = _normal(6, 2, num_kv_heads, block_size, 128, dtype=dtype)
-    k, v = (_normal(len(slots), num_kv_heads, 128, dtype=dtype, seed=s) for s in (1, 2))
+def _check_write(num_kv_heads, block_size, dtype, slots, layout: Layout = "split"):
+    head_dim = 128 if layout == "split" else 64
+    spec = KVCacheSpec(
+        block_size=block_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=jnp.dtype(dtype),
+        layout=layout,
+    )
+    pool = _normal(*spec.shape(6), dtype=dtype)
+    k, v = (_normal(len(slots), num_kv_heads, head_dim, dtype=dtype, seed=s) for s in (1, 2))
     slots = jnp.array(slots, jnp.int32)
     expected = write_kv(pool, k, v, slots, implementation="xla")
     out = write_kv_mosaic_tpu.write_kv(pool, k, v, slots, interpret=tpu_interpreter())
@@ -28,13 +38,20 @@ def _check_write(num_kv_heads, block_size, dtype, slots):
 
 
 @pytest.mark.parametrize(
-    ("num_kv_heads", "block_size", "dtype"),
-    [(8, 16, "bfloat16"), (3, 32, "bfloat16"), (1, 64, "bfloat16"), (2, 8, "float32")],
+    ("num_kv_heads", "block_size", "dtype", "layout"),
+    [
+        (8, 16, "bfloat16", "split"),
+        (3, 32, "bfloat16", "split"),
+        (1, 64, "bfloat16", "split"),
+        (2, 8, "float32", "split"),
+        (3, 16, "bfloat16", "merged"),
+    ],
 )
-def test_write_kv_equals_xla(num_kv_heads, block_size, dtype):
+def test_write_kv_equals_xla(num_kv_heads, block_size, dtype, layout):
     chunk = range(block_size - 3, block_size + 6)  # over the end of a block
     last = 6 * block_size - 1
-    _check_write(num_kv_heads, block_size, dtype, [3 * block_size, *chunk, last, -1, last + 1, 0])
+    slots = [3 * block_size, *chunk, last, -1, last + 1, 0]
+    _check_write(num_kv_heads, block_size, dtype, slots, layout)
 
 
 def test_write_kv_with_more_windows_than_a_batch_in_any_order():
@@ -51,8 +68,9 @@ def test_write_kv_with_nothing_to_write():
     _check_write(1, 16, "bfloat16", [-1, 96])
 
 
-def test_copy_blocks_equals_xla():
-    pool = _normal(8, 2, 3, 16, 128, dtype="bfloat16")
+@pytest.mark.parametrize("kinds", [2, 1])
+def test_copy_blocks_equals_xla(kinds):
+    pool = _normal(8, kinds, 3, 16, 128, dtype="bfloat16")
     # A swap, a chain, two of padding, and two with an id outside the pool.
     src = jnp.array([1, 2, 3, 4, 0, 0, 8, 5], jnp.int32)
     dst = jnp.array([2, 1, 4, 6, 0, 0, 7, -1], jnp.int32)

@@ -86,6 +86,21 @@ def test_xla_equals_reference_over_the_grid(block_size, head_dim, dtype):
     )
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("name", ["mixed", "window", "padded"])
+def test_layouts_give_the_same(name, implementation):
+    (case,) = (case for case in CASES if case.name == name)
+    out, merged = (
+        paged_attention(
+            **make(case, jnp.float32, layout=layout),
+            **_options(case),
+            implementation=implementation,
+        )
+        for layout in ("split", "merged")
+    )
+    np.testing.assert_array_equal(out, merged)
+
+
 def test_decode_hint_changes_nothing():
     arrays = make(
         Case(name="decode", query_lens=(1,) * 9, seq_lens=tuple(range(1, 90, 10))), jnp.float32
@@ -143,6 +158,8 @@ def _valid():
     [
         ({"q": jnp.zeros((5, 64))}, "must have 3, 5 and 2 axes"),
         ({"q": jnp.zeros((5, 4, 32))}, "with q's head_dim"),
+        ({"pool": jnp.zeros((9, 1, 2, 16, 64))}, "with q's head_dim"),
+        ({"pool": jnp.zeros((9, 3, 2, 16, 64))}, "pool must be"),
         ({"pool": jnp.zeros((9, 2, 2, 24, 64))}, r"block_size must be one of \(8, .*128\), got 24"),
         ({"q": jnp.zeros((5, 3, 64))}, "num_heads must be a multiple of num_kv_heads"),
         ({"q": jnp.zeros((5, 4, 64), jnp.bfloat16)}, "must have one dtype"),
