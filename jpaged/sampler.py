@@ -333,7 +333,10 @@ def _penalise(
 ) -> jax.Array:
     counts = state.output_counts[inputs.rows]
     in_output = counts > 0
-    repeated = in_output | state.prompt_mask[inputs.rows]
+    # As words: the TPU compiler keeps one-byte rows that it gathers in fast memory, all of them, and
+    # has too little of it for 256 rows of a vocabulary of 128,256.
+    in_prompt = state.prompt_mask.astype(jnp.int32)[inputs.rows] != 0
+    repeated = in_output | in_prompt
     repetition = inputs.repetition_penalty[:, None]
     y = jnp.where(repeated, jnp.where(x > 0, x / repetition, x * repetition), x)
     y = y - inputs.frequency_penalty[:, None] * counts.astype(jnp.float32)
