@@ -16,6 +16,8 @@ from typing import Any
 import common
 import dummy_model
 
+from jpaged.plan.shapes import SHAPES
+
 PROMPT = "Explain in three sentences why the sky is blue."
 # On two cores of a CPU, and on one H200 with the shapes of an 8B model.
 AIMS = {"empty": 25.0, "warm": 8.0}
@@ -63,7 +65,7 @@ def time_to_first_token(cache: str, config: str | None) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--config", choices=tuple(dummy_model.CONFIGS), help="random weights")
+    parser.add_argument("--config", choices=tuple(SHAPES), help="random weights")
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     common.add_output_argument(parser)
     args = parser.parse_args()

@@ -333,8 +333,8 @@ def _penalise(
 ) -> jax.Array:
     counts = state.output_counts[inputs.rows]
     in_output = counts > 0
-    # As words: the TPU compiler keeps one-byte rows that it gathers in fast memory, all of them, and
-    # has too little of it for 256 rows of a vocabulary of 128,256.
+    # As words: rows of bytes that are gathered the TPU compiler holds in fast memory, all at once,
+    # and has no room for 256 rows of a vocabulary of 128,256.
     in_prompt = state.prompt_mask.astype(jnp.int32)[inputs.rows] != 0
     repeated = in_output | in_prompt
     repetition = inputs.repetition_penalty[:, None]

@@ -2,8 +2,8 @@
 
 Nothing heavy is imported before a command needs it: `jpaged --help` starts no JAX. Text that was
 asked for goes to standard output, everything about it to standard error. Exit codes: 0 all went
-well, 1 some rows of a batch failed or `doctor` found a fault, 2 a mistake of the caller or an error
-of the engine, 130 interrupted.
+well, 1 some rows of a batch failed, `doctor` found a fault or `plan` nothing that fits, 2 a mistake
+of the caller or an error of the engine, 130 interrupted.
 """
 
 import os
@@ -44,6 +44,8 @@ def _run(args) -> int:
             from jpaged.cli import chat as command
         case "compile":
             from jpaged.cli import compile as command
+        case "plan":
+            from jpaged.cli import plan as command
         case "serve":
             from jpaged.cli import serve as command
         case "run-batch":

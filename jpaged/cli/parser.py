@@ -9,7 +9,7 @@ import re
 import shutil
 
 import jpaged
-from jpaged.cli import client_parser, serve_parser, structured
+from jpaged.cli import client_parser, plan_parser, serve_parser, structured
 
 SAMPLING_PREFIX = "sampling_"
 ENGINE_PREFIX = "engine_"
@@ -73,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_compile(commands)
     _add_doctor(commands)
+    _add_plan(commands)
     _add_serve(commands)
     _add_bench(commands)
     _add_run_batch(commands)
@@ -165,6 +166,16 @@ def _add_doctor(commands) -> None:
         commands, "doctor", "Show versions, devices, caches, and what would be used and why"
     )
     command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_plan(commands) -> None:
+    command = _add_command(
+        commands,
+        "plan",
+        "Say whether a model fits a TPU or GPU that is not here, and how fast it is",
+        epilog=plan_parser.PLAN_EXAMPLES,
+    )
+    plan_parser.add_plan_arguments(command, ENGINE_PREFIX)
 
 
 def _add_serve(commands) -> None:

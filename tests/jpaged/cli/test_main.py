@@ -20,7 +20,7 @@ from jpaged.sampling_params import SamplingParams
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "compile", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "chat", "compile", "doctor", "plan"])
 def test_help_names_every_option_and_its_default(command, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as exit_info:
