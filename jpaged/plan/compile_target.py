@@ -100,7 +100,7 @@ def compile_step(job: Job) -> Compiled:
     from jpaged.compile_plan import StepShape
     from jpaged.models.causal_lm import CausalLM
     from jpaged.models.sharding import make_mesh
-    from jpaged.pallas_kernels import KVCacheSpec, set_target_platform
+    from jpaged.pallas_kernels import KVCacheSpec, preferred_layout, set_target_platform
     from jpaged.plan.cycles import estimated_cycles
     from jpaged.plan.models import read_model
     from jpaged.step import StepFunction
@@ -115,6 +115,7 @@ def compile_step(job: Job) -> Compiled:
         num_kv_heads=model.local_config.num_kv_heads,
         head_dim=model.config.head_dim,
         dtype=jnp.dtype(job.dtype),
+        layout=preferred_layout(model.config.head_dim),
     )
     mesh = make_mesh(job.tensor_parallel_size, topology.devices)
     step = StepFunction(
