@@ -13,7 +13,6 @@ import importlib.util
 import json
 import os
 import time
-import unittest.mock
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,19 +46,15 @@ def _attention(**options: Any) -> Callable:
 
 
 def _write_kv() -> Callable:
-    from jpaged.pallas_kernels import write_kv_mosaic_tpu
+    from jpaged.pallas_kernels import write_kv
 
-    return write_kv_mosaic_tpu.write_kv
+    return functools.partial(write_kv, implementation="mosaic_tpu")
 
 
-def _rope_write_kv() -> Callable:
-    from jpaged.pallas_kernels import mosaic_tpu, rope_write_kv
+def _rope_write_kv(num_heads: int) -> Callable:
+    from jpaged.pallas_kernels import rope_write_kv
 
-    def step(*args: Any) -> Any:
-        with unittest.mock.patch.object(mosaic_tpu, "device_reasons", tuple):  # there is no TPU
-            return rope_write_kv(*args, num_heads=9, implementation="mosaic_tpu")
-
-    return step
+    return functools.partial(rope_write_kv, num_heads=num_heads, implementation="mosaic_tpu")
 
 
 def _copy_blocks() -> Callable:
@@ -83,6 +78,7 @@ def _attention_problem(
     num_tokens: int = 64,
     num_seqs: int = 64,
     max_blocks: int = 256,
+    dtype: str = "bfloat16",
     **options: Any,
 ) -> Problem:
     pool = _pool(8192, heads[1], block_size, head_dim)
@@ -91,7 +87,7 @@ def _attention_problem(
         make=lambda: _attention(**options),
         args=(
             ((num_tokens, heads[0], head_dim), "bfloat16"),
-            (pool, "bfloat16"),
+            (pool, dtype),
             ((num_seqs, max_blocks), "int32"),
             ((num_seqs,), "int32"),
             ((num_seqs + 1,), "int32"),
@@ -130,7 +126,32 @@ def problems() -> Iterator[Problem]:
             name=f"copy_blocks_{size}", make=_copy_blocks, args=(pool, ids, ids), donated=0
         )
 
+    yield from _eight_bits()
     yield from _smollm2_135m()
+
+
+def _eight_bits() -> Iterator[Problem]:
+    """Pools of 8 bits, whose blocks have 32 tokens at least."""
+    decode = functools.partial(_attention_problem, max_query_len=1)
+    for name, dtype in (("int8", "int8"), ("fp8", "float8_e4m3fn")):
+        for size in BLOCK_SIZES[1:]:
+            yield decode(f"attention_decode_{size}_{name}", block_size=size, dtype=dtype)
+        yield _attention_problem(
+            f"attention_mixed_32_{name}", num_tokens=2048, num_seqs=16, block_size=32, dtype=dtype
+        )
+        yield decode(
+            f"smollm2_attention_decode_32_{name}",
+            heads=(9, 3),
+            head_dim=64,
+            block_size=32,
+            dtype=dtype,
+        )
+        pool = ((2048, 2, 8, 32, 128), dtype)
+        rows, ids = ((64, 8, 128), "bfloat16"), ((16,), "int32")
+        in_place = functools.partial(Problem, donated=0)
+        args = (pool, rows, rows, ((64,), "int32"))
+        yield in_place(name=f"write_kv_32_{name}", make=_write_kv, args=args)
+        yield in_place(name=f"copy_blocks_32_{name}", make=_copy_blocks, args=(pool, ids, ids))
 
 
 def _smollm2_135m() -> Iterator[Problem]:
@@ -147,7 +168,8 @@ def _smollm2_135m() -> Iterator[Problem]:
     in_place = functools.partial(Problem, donated=0)
     yield in_place(name="smollm2_write_kv", make=_write_kv, args=(pool, rows, rows, slots))
     args = (pool, qkv, angles, angles, slots)
-    yield in_place(name="smollm2_rope_write_kv", make=_rope_write_kv, args=args)
+    make = functools.partial(_rope_write_kv, heads[0])
+    yield in_place(name="smollm2_rope_write_kv", make=make, args=args)
     yield in_place(name="smollm2_copy_blocks", make=_copy_blocks, args=(pool, ids, ids))
 
 
@@ -230,6 +252,9 @@ def compile_problem(problem: Problem, chip: str) -> dict[str, Any]:
     import numpy as np
     from jax.experimental import topologies
 
+    from jpaged.pallas_kernels import set_target_platform
+
+    set_target_platform("tpu")
     topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0])
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

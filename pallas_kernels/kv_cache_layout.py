@@ -10,6 +10,8 @@ One array a layer, in one of two layouts:
 A block is one contiguous piece, so that copies and swaps move it whole; inside it the tokens of a
 head are contiguous, which is what a tile of attention reads. Block 0 is the null block: padding
 writes there, and nothing real is ever read from it.
+
+Pools of 8 bits hold K and V divided by scales: one for all KV heads, or one each.
 """
 
 import dataclasses
@@ -17,12 +19,16 @@ from typing import Literal, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Num
+from jaxtyping import Array, Float, Num
 
 NULL_BLOCK = 0
 BLOCK_SIZES = (8, 16, 32, 64, 128)
+# Of pools with scales.
+EIGHT_BIT_DTYPES = (jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn))
 
 Layout = Literal["split", "merged"]
+Scale: TypeAlias = float | Float[Array, ""] | Float[Array, " num_kv_heads"]
+"""What stored elements of K or V stand for, over the elements."""
 Pool: TypeAlias = Num[Array, "num_blocks kinds num_kv_heads block_size row_size"]
 """A pool of either layout."""
 
@@ -84,6 +90,45 @@ class KVCacheSpec:
     def allocate(self, num_blocks: int) -> jax.Array:
         """A zeroed pool: masked weights times stale NaNs would still be NaN."""
         return jnp.zeros(self.shape(num_blocks), self.dtype)
+
+
+def stored(
+    x: Float[Array, "num_tokens num_kv_heads head_dim"], scale: Scale | None, dtype: jnp.dtype
+) -> Num[Array, "num_tokens num_kv_heads head_dim"]:
+    """What a pool of this dtype holds of K or V.
+
+    In 8 bits that is `x / scale` (1 if None), rounded to nearest, ties to even, and clipped to the
+    finite numbers of the type.
+    """
+    if dtype not in EIGHT_BIT_DTYPES:
+        return x
+    x = x.astype(jnp.float32) / per_head(scale, x.shape[1])[:, None]
+    if dtype == jnp.int8:
+        return jnp.clip(jnp.round(x), -128, 127).astype(dtype)
+    most = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -most, most).astype(dtype)
+
+
+def per_head(scale: Scale | None, num_kv_heads: int) -> Float[Array, " num_kv_heads"]:
+    """A scale for each KV head; 1 if None."""
+    return jnp.broadcast_to(jnp.asarray(1.0 if scale is None else scale, jnp.float32), num_kv_heads)
+
+
+def check_scales(spec: KVCacheSpec, k_scale: Scale | None, v_scale: Scale | None) -> None:
+    """Raises `ValueError` where scales do not fit the pool they are for."""
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is None:
+            continue
+        if spec.dtype not in EIGHT_BIT_DTYPES:
+            raise ValueError(f"{name} is for pools of 8 bits, got one of {spec.dtype}")
+        if isinstance(scale, (int, float)):
+            if not scale > 0:
+                raise ValueError(f"{name} must be positive, got {scale}")
+        elif scale.shape not in ((), (spec.num_kv_heads,)):
+            raise ValueError(
+                f"{name} must be a number or [num_kv_heads], got {scale.shape=} for "
+                f"{spec.num_kv_heads} KV heads"
+            )
 
 
 def rows_of(

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jpaged.pallas_kernels.kv_cache_layout import KVCacheSpec, Layout
+from jpaged.pallas_kernels.kv_cache_layout import EIGHT_BIT_DTYPES, KVCacheSpec, Layout
 from jpaged.pallas_kernels.target import target_platform
 
 LANES = 128
@@ -11,7 +11,7 @@ SUBLANES = 8
 # Elements of a row. Rows of 64 fill half a tile: XLA would copy the whole pool at each call to lay
 # it out like that, so heads of 64 need the merged layout.
 ROW_SIZES = (128, 256)
-DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
+DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32), *EIGHT_BIT_DTYPES)
 
 
 def device_reasons() -> tuple[str, ...]:
@@ -34,12 +34,12 @@ def pool_reasons(spec: KVCacheSpec) -> list[str]:
             f"got {spec.head_dim} in the {spec.layout} layout"
         )
     if spec.dtype not in DTYPES:
-        reasons.append(f"needs bfloat16 or float32, got {spec.dtype}")
+        reasons.append(f"needs bfloat16, float32, int8 or float8_e4m3fn, got {spec.dtype}")
     elif spec.block_size % (rows := tile_rows(spec.dtype)):
         reasons.append(f"needs blocks of a multiple of {rows} tokens, got {spec.block_size}")
     return reasons
 
 
 def tile_rows(dtype: jax.typing.DTypeLike) -> int:
-    """Rows of a TPU tile: 16-bit elements lie two by two, one row beside the next."""
+    """Rows of a TPU tile: of narrow elements two or four rows lie in one, side by side."""
     return SUBLANES * 4 // jnp.dtype(dtype).itemsize

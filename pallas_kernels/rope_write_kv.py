@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int32
 
 from jpaged.pallas_kernels import mosaic_gpu, mosaic_tpu, registry
 from jpaged.pallas_kernels.add_rms_norm import merge_partials
-from jpaged.pallas_kernels.kv_cache_layout import KVCacheSpec, Pool
+from jpaged.pallas_kernels.kv_cache_layout import EIGHT_BIT_DTYPES, KVCacheSpec, Pool, Scale
 from jpaged.pallas_kernels.write_kv import write_kv
 
 
@@ -18,6 +18,9 @@ def rope_write_kv(
     slot_mapping: Int32[Array, " num_tokens"],
     *,
     num_heads: int,
+    q_dtype: jax.typing.DTypeLike | None = None,
+    k_scale: Scale | None = None,
+    v_scale: Scale | None = None,
     implementation: registry.Implementation | None = None,
 ) -> tuple[
     Pool,
@@ -30,21 +33,29 @@ def rope_write_kv(
 
     Args:
         pool: The layer's block pool, see `kv_cache_layout`.
-        qkv: The heads of queries, keys and values of each token, one after another, in the pool's
-            dtype; or the partial sums f32[num_parts, num_tokens, qkv_size] of a matmul that was
+        qkv: The heads of queries, keys and values of each token, one after another, of `q_dtype`;
+            or the partial sums f32[num_parts, num_tokens, qkv_size] of a matmul that was
             split over its contraction, which are added in order and rounded as the unsplit
             matmul's result.
         cos: f32 cosine of each pair's angle.
         sin: f32 sine of it.
         slot_mapping: Slot of each token's key and value.
         num_heads: Heads of queries.
+        q_dtype: Of the queries; the pool's if None, and qkv's where the pool has 8 bits.
+        k_scale: As `write_kv`.
+        v_scale: As `write_kv`.
         implementation: A name never falls back; None chooses.
 
     Raises:
         ValueError: Shapes or dtypes contradict each other.
         NotImplementedError: The implementation asked for cannot serve the problem.
     """
-    _check(pool, qkv, cos, sin, slot_mapping, num_heads)
+    spec = KVCacheSpec.of(pool)
+    is_eight_bit = spec.dtype in EIGHT_BIT_DTYPES
+    q_dtype = jnp.dtype(q_dtype or (qkv.dtype if is_eight_bit else pool.dtype))
+    if not is_eight_bit and q_dtype != pool.dtype:
+        raise ValueError(f"q_dtype must be the pool's, got {q_dtype} and {pool.dtype}")
+    _check(spec, qkv, cos, sin, slot_mapping, num_heads, q_dtype)
 
     def mosaic_gpu_reasons() -> list[str]:
         if reasons := list(mosaic_gpu.device_reasons()):
@@ -71,25 +82,20 @@ def rope_write_kv(
         return rope_write_kv_mosaic_gpu.rope_write_kv(
             pool, qkv, cos, sin, slot_mapping, num_heads=num_heads
         )
-    return _rotate_then_write(pool, qkv, cos, sin, slot_mapping, num_heads, name)
-
-
-def _rotate_then_write(
-    pool: Array,
-    qkv: Array,
-    cos: Array,
-    sin: Array,
-    slot_mapping: Array,
-    num_heads: int,
-    implementation: registry.Implementation,
-) -> tuple[Array, Array]:
-    """The rotation by XLA, which fuses it with its neighbours, and the write by a kernel or XLA."""
-    spec = KVCacheSpec.of(pool)
+    # The rotation by XLA, which fuses it with its neighbours, and the write by a kernel or XLA.
     if qkv.ndim == 3:
-        qkv = merge_partials(qkv, pool.dtype)
+        qkv = merge_partials(qkv, q_dtype)
     qkv = qkv.reshape(qkv.shape[0], -1, spec.head_dim)
     q, k, v = jnp.split(qkv, [num_heads, num_heads + spec.num_kv_heads], axis=1)
-    pool = write_kv(pool, rotate(k, cos, sin), v, slot_mapping, implementation=implementation)
+    pool = write_kv(
+        pool,
+        rotate(k, cos, sin),
+        v,
+        slot_mapping,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        implementation=name,
+    )
     return pool, rotate(q, cos, sin)
 
 
@@ -106,17 +112,17 @@ def rotate(
 
 
 def _check(
-    pool: jax.Array,
+    spec: KVCacheSpec,
     qkv: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
     slot_mapping: jax.Array,
     num_heads: int,
+    q_dtype: jnp.dtype,
 ) -> None:
-    spec = KVCacheSpec.of(pool)
     num_kv_heads, head_dim = spec.num_kv_heads, spec.head_dim
     if head_dim % 2:
-        raise ValueError(f"pool must have an even head_dim, got {pool.shape=}")
+        raise ValueError(f"pool must have an even head_dim, got {head_dim}")
     if num_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(
             "num_heads must be a multiple of num_kv_heads, "
@@ -137,7 +143,7 @@ def _check(
         raise ValueError(
             f"slot_mapping must be [num_tokens], got {slot_mapping.shape=}, {qkv.shape=}"
         )
-    expected = pool.dtype if qkv.ndim == 2 else jnp.dtype(jnp.float32)
+    expected = q_dtype if qkv.ndim == 2 else jnp.dtype(jnp.float32)
     if qkv.dtype != expected:
         raise ValueError(f"qkv of {qkv.ndim} axes must be {expected}, got {qkv.dtype}")
     if cos.dtype != jnp.float32 or sin.dtype != jnp.float32:

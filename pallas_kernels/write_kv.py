@@ -4,7 +4,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jpaged.pallas_kernels import mosaic_gpu, mosaic_tpu, registry
-from jpaged.pallas_kernels.kv_cache_layout import KVCacheSpec, Pool, rows_of
+from jpaged.pallas_kernels.kv_cache_layout import (
+    KVCacheSpec,
+    Pool,
+    Scale,
+    check_scales,
+    rows_of,
+    stored,
+)
 
 
 def write_kv(
@@ -13,13 +20,16 @@ def write_kv(
     v: Float[Array, "num_tokens num_kv_heads head_dim"],
     slot_mapping: Int32[Array, " num_tokens"],
     *,
+    k_scale: Scale | None = None,
+    v_scale: Scale | None = None,
     implementation: registry.Implementation | None = None,
 ) -> Pool:
     """The pool with token `t` of `k` and `v` in slot `slot_mapping[t]`.
 
     In place where the pool is donated. A slot outside the pool is dropped, never clipped into a
-    block that belongs to somebody; padding tokens point into the null block. An implementation
-    that is named never falls back; None chooses.
+    block that belongs to somebody; padding tokens point into the null block. A pool of 8 bits gets
+    `k / k_scale` and `v / v_scale` (1 if None), rounded and clipped to its type; others take no
+    scales. An implementation that is named never falls back; None chooses.
 
     Raises:
         ValueError: Shapes or dtypes contradict each other.
@@ -35,6 +45,8 @@ def write_kv(
         raise ValueError(
             f"slot_mapping must be [num_tokens], got {slot_mapping.shape=}, {k.shape=}"
         )
+    check_scales(spec, k_scale, v_scale)
+    k, v = stored(k, k_scale, spec.dtype), stored(v, v_scale, spec.dtype)
     if k.dtype != pool.dtype or v.dtype != pool.dtype:
         raise ValueError(
             f"k and v must have the pool's dtype, got {k.dtype}, {v.dtype}, {pool.dtype}"

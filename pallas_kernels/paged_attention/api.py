@@ -2,12 +2,21 @@
 
 from typing import TYPE_CHECKING, TypeAlias
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jpaged.pallas_kernels import mosaic_gpu as gpu
 from jpaged.pallas_kernels import mosaic_tpu as tpu
 from jpaged.pallas_kernels import registry
-from jpaged.pallas_kernels.kv_cache_layout import KVCacheSpec, Pool
+from jpaged.pallas_kernels.kv_cache_layout import (
+    EIGHT_BIT_DTYPES,
+    KVCacheSpec,
+    Pool,
+    Scale,
+    check_scales,
+    per_head,
+)
 from jpaged.pallas_kernels.paged_attention import reference, xla
 
 # Pallas is imported where a kernel runs only: it takes a CPU 0.2 s.
@@ -15,11 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jpaged.pallas_kernels.paged_attention import mosaic_gpu
-
-_WITHOUT_SCHEDULE = {
-    "xla": xla.paged_attention,
-    "reference": reference.paged_attention,
-}
 
 Schedule: TypeAlias = "mosaic_gpu.Schedule | None"
 """What `make_schedule` returns: a pytree, or None for implementations that need none."""
@@ -122,6 +126,8 @@ def paged_attention(
     scale: float | None = None,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    k_scale: Scale | None = None,
+    v_scale: Scale | None = None,
     max_query_len: int | None = None,
     schedule: Schedule = None,
     implementation: registry.Implementation | None = None,
@@ -144,6 +150,8 @@ def paged_attention(
         scale: Factor of the logits; `head_dim ** -0.5` if None.
         sliding_window: A query sees this many tokens, itself included; all if None.
         soft_cap: Logits become `soft_cap * tanh(logits / soft_cap)`.
+        k_scale: What an element of K in a pool of 8 bits stands for, as `write_kv`; 1 if None.
+        v_scale: The same of V.
         max_query_len: Static upper bound of a query length, if known; 1: every row decodes.
         schedule: From `make_schedule` with the same arguments; made here if None.
         implementation: A name never falls back; None chooses.
@@ -155,9 +163,18 @@ def paged_attention(
     _check(q, pool, block_tables, seq_lens, query_start_loc, scale, sliding_window, soft_cap)
     if max_query_len is not None and max_query_len < 1:
         raise ValueError(f"max_query_len must be at least 1, got {max_query_len}")
-    name = choose_implementation(implementation, num_heads=q.shape[1], spec=KVCacheSpec.of(pool))
+    spec = KVCacheSpec.of(pool)
+    check_scales(spec, k_scale, v_scale)
+    name = choose_implementation(implementation, num_heads=q.shape[1], spec=spec)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if name != "reference":
+        # Of no concern to who computes: of K a factor of the logits, of V one of the output.
+        if isinstance(k_scale, (int, float)):
+            scale *= k_scale
+        else:
+            q = _scaled(q, k_scale, spec.num_kv_heads)
     options = {
-        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+        "scale": scale,
         "sliding_window": sliding_window,
         "soft_cap": soft_cap,
         "max_query_len": max_query_len,
@@ -167,11 +184,23 @@ def paged_attention(
         from jpaged.pallas_kernels.paged_attention import mosaic_gpu
 
         return mosaic_gpu.paged_attention(*args, **options, schedule=schedule)
+    if name == "reference":
+        return reference.paged_attention(*args, **options, k_scale=k_scale, v_scale=v_scale)
     if name == "mosaic_tpu":
         from jpaged.pallas_kernels.paged_attention import mosaic_tpu
 
-        return mosaic_tpu.paged_attention(*args, **options)
-    return _WITHOUT_SCHEDULE[name](*args, **options)
+        out = mosaic_tpu.paged_attention(*args, **options)
+    else:
+        out = xla.paged_attention(*args, **options)
+    return _scaled(out, v_scale, spec.num_kv_heads)
+
+
+def _scaled(x: jax.Array, scale: Scale | None, num_kv_heads: int) -> jax.Array:
+    """Query heads, or their outputs, times the scales of their KV heads."""
+    if scale is None:
+        return x
+    factors = jnp.repeat(per_head(scale, num_kv_heads), x.shape[1] // num_kv_heads)
+    return (x.astype(jnp.float32) * factors[:, None]).astype(x.dtype)
 
 
 def _check(q, pool, block_tables, seq_lens, query_start_loc, scale, sliding_window, soft_cap):
@@ -188,7 +217,7 @@ def _check(q, pool, block_tables, seq_lens, query_start_loc, scale, sliding_wind
             "num_heads must be a multiple of num_kv_heads, "
             f"got num_heads={q.shape[1]}, num_kv_heads={spec.num_kv_heads}"
         )
-    if q.dtype != pool.dtype:
+    if q.dtype != pool.dtype and spec.dtype not in EIGHT_BIT_DTYPES:
         raise ValueError(f"q and pool must have one dtype, got {q.dtype} and {pool.dtype}")
     num_seqs = block_tables.shape[0]
     if seq_lens.shape != (num_seqs,) or query_start_loc.shape != (num_seqs + 1,):

@@ -56,12 +56,17 @@ CASES = (
 
 
 def make(
-    case: Case, dtype: jax.typing.DTypeLike, seed: int = 0, layout: Layout = "split"
+    case: Case,
+    dtype: jax.typing.DTypeLike,
+    seed: int = 0,
+    layout: Layout = "split",
+    pool_dtype: jax.typing.DTypeLike | None = None,
 ) -> dict[str, Any]:
     """Arguments of `paged_attention` for a case.
 
     Physical blocks are permuted; blocks that no sequence owns, the null block among them, and the
-    slots past a sequence's end are NaN, so that whoever reads them shows it.
+    slots past a sequence's end are NaN, so that whoever reads them shows it. An int8 pool
+    has elements of about 30, and 127 for NaN.
     """
     rng = np.random.default_rng(seed)
     block_size = case.block_size
@@ -86,6 +91,9 @@ def make(
             pool[block_id, :, :, :filled] = rng.standard_normal(shape)
     if layout == "merged":
         pool = np.concatenate(np.split(pool, 2, axis=1), axis=-1)
+    pool_dtype = jnp.dtype(dtype if pool_dtype is None else pool_dtype)
+    if pool_dtype == jnp.int8:
+        pool = np.nan_to_num(np.rint(30 * pool).clip(-126, 126), nan=127)
     num_tokens = sum(case.query_lens) + case.num_padding_tokens
     q = rng.standard_normal((num_tokens, case.num_heads, case.head_dim))
     lens = np.zeros(num_seqs, np.int32)
@@ -94,7 +102,7 @@ def make(
     starts[: len(case.query_lens) + 1] = np.cumsum((0, *case.query_lens))
     return {
         "q": jnp.asarray(q, dtype),
-        "pool": jnp.asarray(pool, dtype),
+        "pool": jnp.asarray(pool, pool_dtype),
         "block_tables": jnp.asarray(tables),
         "seq_lens": jnp.asarray(lens),
         "query_start_loc": jnp.asarray(starts),

@@ -370,9 +370,8 @@ class _Body:
 
         def heads_side_by_side(kind, pack):
             heads = range(pack * t.packed_heads, (pack + 1) * t.packed_heads)
-            return jnp.concatenate(
-                [kv_ref[:, kind, head].reshape(t.tile_kv, t.row_size) for head in heads], axis=1
-            )
+            tiles = [kv_ref[:, kind, head].reshape(t.tile_kv, t.row_size) for head in heads]
+            return jnp.concatenate(tiles, axis=1).astype(q_ref.dtype)
 
         def logits_of(pack):
             start_some_blocks(pack)
@@ -395,7 +394,7 @@ class _Body:
             rescale = jnp.exp(old_max - new_max)
             max_ref[pack] = new_max
             sum_ref[pack] = sum_ref[pack] * rescale + _folded(x)
-            return x.astype(kv_ref.dtype), rescale
+            return x.astype(q_ref.dtype), rescale
 
         def add_values(pack, weights, rescale):
             values = lax.dot_general(

@@ -4,7 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from jpaged.pallas_kernels.kv_cache_layout import KVCacheSpec, Pool, split_blocks
+from jpaged.pallas_kernels.kv_cache_layout import (
+    KVCacheSpec,
+    Pool,
+    Scale,
+    per_head,
+    split_blocks,
+)
 
 
 def paged_attention(
@@ -17,6 +23,8 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    k_scale: Scale | None = None,
+    v_scale: Scale | None = None,
     max_query_len: int | None = None,
 ) -> Float[Array, "num_tokens num_heads head_dim"]:
     """See `jpaged.pallas_kernels.paged_attention`. Gathers whole contexts: for tests only."""
@@ -33,6 +41,8 @@ def paged_attention(
     position = seq_lens[seq] - query_lens[seq] + token - query_start_loc[seq]
 
     kv = split_blocks(pool[block_tables]).astype(jnp.float32)  # [S, B, 2, K, block_size, D]
+    scales = jnp.stack([per_head(k_scale, num_kv_heads), per_head(v_scale, num_kv_heads)])
+    kv *= scales[:, :, None, None]
     kv = jnp.moveaxis(kv, 4, 2).reshape(
         num_seqs, max_blocks * block_size, 2, num_kv_heads, head_dim
     )

@@ -91,7 +91,13 @@ def _attend_tile(
     """
     running_max, running_sum, acc = carry
     # An id outside the pool shows as NaN instead of being clipped to somebody's block.
-    kv = split_blocks(pool.at[blocks].get(mode="fill", fill_value=math.nan))
+    if jnp.issubdtype(pool.dtype, jnp.integer):
+        in_pool = (blocks >= 0) & (blocks < pool.shape[0])
+        kv = pool.at[blocks].get(mode="clip").astype(q.dtype)
+        kv = jnp.where(in_pool[:, :, None, None, None, None], kv, math.nan)
+    else:
+        kv = pool.at[blocks].get(mode="fill", fill_value=math.nan).astype(q.dtype)
+    kv = split_blocks(kv)
     rows, per_tile, _, num_kv_heads, block_size, head_dim = kv.shape
     tile = per_tile * block_size
     kv = jnp.moveaxis(kv, 1, 3).reshape(rows, 2, num_kv_heads, tile, head_dim)
