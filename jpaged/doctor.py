@@ -139,10 +139,8 @@ def _device(device: Any) -> dict[str, Any]:
 def _choices(backend: str, devices: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
     """What an engine without options would use on this machine, and why."""
     from jpaged.models import loader
-    from jpaged.pallas_kernels.mosaic_gpu import device_reasons
 
     dtype = loader.default_dtype()
-    reasons = device_reasons()
     dtype_whys = {
         "float32": "a CPU computes it fastest",
         "float16": "this GPU emulates bfloat16 (compute capability below 8.0)",
@@ -162,18 +160,28 @@ def _choices(backend: str, devices: list[dict[str, Any]]) -> dict[str, dict[str,
             "why": "JAX's default; JAX_PLATFORMS chooses another",
         },
         "dtype": {"use": dtype, "why": f"{dtype_whys[dtype]}; --dtype"},
-        "kernels": {
-            "use": "xla" if reasons else "mosaic_gpu",
-            "why": f"no Mosaic GPU kernels: {'; '.join(reasons)}"
-            if reasons
-            else "Hopper; shapes that no kernel serves go to xla, which is logged",
-        },
+        "kernels": _kernels(),
         "block pool": {"use": pool, "why": pool_why},
         "budgets": {
             "use": f"{seqs} sequences, {tokens} tokens a step",
             "why": f"default on {backend}; --max-num-seqs, --max-num-batched-tokens",
         },
     }
+
+
+def _kernels() -> dict[str, str]:
+    from jpaged.pallas_kernels import mosaic_gpu, mosaic_tpu
+
+    else_xla = "what no kernel serves goes to xla, which is logged"
+    if not mosaic_tpu.device_reasons():
+        sizes = ", ".join(map(str, (mosaic_tpu.LANES // 2, *mosaic_tpu.ROW_SIZES)))
+        return {
+            "use": "mosaic_tpu: paged_attention, write_kv, copy_blocks",
+            "why": f"a TPU; head_dim {sizes}, bfloat16 or float32; {else_xla}",
+        }
+    if reasons := mosaic_gpu.device_reasons():
+        return {"use": "xla", "why": f"no Mosaic GPU kernels: {'; '.join(reasons)}"}
+    return {"use": "mosaic_gpu", "why": f"Hopper; {else_xla}"}
 
 
 def _examine_default_model(report: Report) -> None:

@@ -358,7 +358,7 @@ class _Planner:
             notes.append(f"{target.num_hosts} hosts: jpaged does not serve across hosts yet")
         if not target.device.has_kernels:
             notes.append("attention runs in plain XLA there, far slower than assumed")
-        if target.device.platform == "tpu" and self._config.head_dim not in (128, 256):
+        if target.device.platform == "tpu" and self._config.head_dim not in (64, 128, 256):
             notes.append(
                 f"no TPU kernel serves head_dim {self._config.head_dim}: attention runs in plain "
                 "XLA, slower than assumed"

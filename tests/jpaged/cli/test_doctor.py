@@ -6,6 +6,7 @@ import pytest
 
 import jpaged
 from jpaged import cli, doctor
+from jpaged.pallas_kernels import mosaic_tpu
 
 
 def test_doctor_reports_this_machine(capsys):
@@ -19,6 +20,13 @@ def test_doctor_reports_this_machine(capsys):
     text = capsys.readouterr().out
     for word in ("versions", "devices", "default model", "compilation cache", "would be used"):
         assert word in text
+
+
+def test_doctor_names_the_kernels_of_a_tpu(monkeypatch):
+    monkeypatch.setattr(mosaic_tpu, "device_reasons", lambda: ())
+    kernels = doctor._kernels()
+    assert kernels["use"] == "mosaic_tpu: paged_attention, write_kv, copy_blocks"
+    assert "head_dim 64, 128, 256" in kernels["why"]
 
 
 def test_doctor_hints_at_the_missing_cuda_plugin(monkeypatch):

@@ -180,6 +180,12 @@ def test_what_is_not_there_is_said():
     assert "attention runs in plain XLA there, far slower than assumed" in notes["t4"]
 
 
+def test_heads_that_no_tpu_kernel_serves_are_said(jobs):
+    [tiny] = make_plan("tiny", ["v6e-1"]).targets
+    assert any("no TPU kernel serves head_dim 16" in note for note in tiny.notes)
+    assert only(["v6e-1"]).notes == ()
+
+
 def test_several_hosts_are_said(jobs):
     assert any("2 hosts" in note for note in only(["v6e-16"]).notes)
 
