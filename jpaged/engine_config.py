@@ -16,6 +16,7 @@ from jpaged.config import (
 
 Compilation = Literal["background", "eager", "lazy"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+KVCacheDType = Literal["auto", "fp8"]
 LoadFormat = Literal["auto", "dummy"]
 GenerationConfig = Literal["auto", "none"]
 
@@ -58,6 +59,9 @@ class EngineConfig:
         long_prefill_token_threshold: Most prompt tokens of one sequence in a step; 0: no limit.
         policy: "fcfs" or "priority" (lower first).
         block_size: Tokens of a block.
+        kv_cache_dtype: Of the block pool: "auto" is `dtype`, "fp8" is float8_e4m3fn with a scale of
+            1, which clips K and V at 448. The TPU kernels serve it with a block_size of 32 or more;
+            else, and on GPUs, XLA does.
         num_blocks: Blocks of the pool, instead of sizing it by memory.
         kv_cache_memory_bytes: Bytes of the pool, instead of sizing it by `memory_utilization`.
         memory_utilization: Share of an accelerator's memory for weights, step and pool together.
@@ -93,6 +97,7 @@ class EngineConfig:
     long_prefill_token_threshold: int = 0
     policy: SchedulingPolicy = "fcfs"
     block_size: int = 16
+    kv_cache_dtype: KVCacheDType = "auto"
     num_blocks: int | None = None
     kv_cache_memory_bytes: int | None = None
     memory_utilization: float = 0.9
@@ -113,6 +118,7 @@ class EngineConfig:
             ("generation_config", get_args(GenerationConfig)),
             ("policy", get_args(SchedulingPolicy)),
             ("block_size", BLOCK_SIZES),
+            ("kv_cache_dtype", get_args(KVCacheDType)),
             ("preemption_mode", get_args(PreemptionMode)),
             ("compilation", get_args(Compilation)),
         ):

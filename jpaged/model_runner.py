@@ -136,7 +136,7 @@ class ModelRunner:
             block_size=config.block_size,
             num_kv_heads=model.local_config.num_kv_heads,
             head_dim=model.config.head_dim,
-            dtype=jnp.dtype(model.dtype),
+            dtype=jnp.dtype(jnp.float8_e4m3fn if config.kv_cache_dtype == "fp8" else model.dtype),
             layout=preferred_layout(model.config.head_dim),
         )
         vocab_size = loaded.config.vocab_size

@@ -171,7 +171,15 @@ class Attention(nnx.Module):
             pool = write_kv(pool, rotate(self.k_norm(k), rope), v, slots)
         else:
             qkv = self.qkv_proj.parts(x)
-            pool, q = rope_write_kv(pool, qkv, rope.cos, rope.sin, slots, num_heads=self.num_heads)
+            pool, q = rope_write_kv(
+                pool,
+                qkv,
+                rope.cos,
+                rope.sin,
+                slots,
+                num_heads=self.num_heads,
+                q_dtype=x.dtype,
+            )
         out = paged_attention(
             q,
             pool,

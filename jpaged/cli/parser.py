@@ -338,6 +338,7 @@ def _add_engine(command, *, for_requests: bool = True, with_api: bool = False) -
         metavar="N",
     )
     add("--block-size", "tokens of a KV block", 16, type=int, metavar="N")
+    add("--kv-cache-dtype", "auto (as --dtype) or fp8", "auto", metavar="DTYPE")
     add("--num-blocks", "blocks of the pool, instead of by memory", type=int, metavar="N")
     add(
         "--kv-cache-memory-bytes",

@@ -20,6 +20,7 @@ def test_defaults_are_valid_and_frozen():
         ({"policy": "lifo"}, "policy must be one of .*got 'lifo'"),
         ({"block_size": 12}, r"block_size must be one of \(8, 16, 32, 64, 128\), got 12"),
         ({"compilation": "never"}, "compilation must be one of"),
+        ({"kv_cache_dtype": "int8"}, r"kv_cache_dtype must be one of .*fp8.*, got 'int8'"),
         ({"max_model_len": 1}, "max_model_len must be an integer of at least 2, got 1"),
         ({"max_num_seqs": 0}, "max_num_seqs must be an integer of at least 1, got 0"),
         ({"max_num_seqs": 2.0}, r"max_num_seqs must be an integer of at least 1, got 2\.0"),

@@ -40,6 +40,17 @@ def _run(llm, prompts, params):
     return [[completion.token_ids for completion in output.outputs] for output in outputs]
 
 
+def _prompt_logprobs(llm, prompt):
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    (output,) = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
+    return np.array(
+        [
+            found[token].logprob
+            for token, found in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+        ]
+    )
+
+
 def _assert_idle(llm):
     engine = llm.engine
     assert not engine.has_unfinished
@@ -164,6 +175,22 @@ def test_tokens_do_not_depend_on_the_layout_of_the_pool(monkeypatch, tiny_option
     with LLM(**tiny_options | SMALL, preemption_mode="swap") as llm:
         spec = llm.engine.runner.kv_spec
         assert spec.shape(1)[1::3] == (1, 2 * spec.head_dim)
+        assert _run(llm, PROMPTS, GREEDY) == expected
+        assert llm.stats().scheduler.num_swaps > 0
+        _assert_idle(llm)
+
+
+def test_a_pool_of_fp8_takes_less_memory_and_swaps_like_any_other(tiny_options, roomy):
+    options = tiny_options | {"kv_cache_dtype": "fp8"}
+    with LLM(**options) as llm:
+        spec, whole = llm.engine.runner.kv_spec, roomy.engine.runner.kv_spec
+        assert (spec.dtype, whole.dtype) == ("float8_e4m3fn", "float32")
+        assert 4 * spec.block_bytes == whole.block_bytes
+        expected = _run(llm, PROMPTS, GREEDY)
+        errors = _prompt_logprobs(llm, PROMPTS[0]) - _prompt_logprobs(roomy, PROMPTS[0])
+    # Three bits of mantissa: 0.1 nats for SmolLM2-135M's logprobs of English text too.
+    assert 0 < np.abs(errors).mean() < 0.2
+    with LLM(**options | SMALL, preemption_mode="swap") as llm:
         assert _run(llm, PROMPTS, GREEDY) == expected
         assert llm.stats().scheduler.num_swaps > 0
         _assert_idle(llm)
