@@ -37,6 +37,8 @@ DECODES = {f"attention_decode_{size}": (1024, 1) for size in BLOCK_SIZES} | {
 }
 # Queries and tokens of context of an iteration.
 CHUNK = ("attention_chunk", 128, 512)
+# Turns of its loop over KV heads, four in each.
+PACK_TURNS = 2
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:[\s>]*\{", re.MULTILINE)
 _BRANCH = re.compile(r"sbr\.rel\s*(?:\([^)]*\))?\s*target bundleno = (\d+)")
@@ -105,6 +107,25 @@ def read_loops(schedule: str, utilization: str, delay_slots: int) -> list[Loop]:
     return loops
 
 
+def _chunk_cycles(loops: list[Loop], packs_loop: Loop, clock: float) -> dict[str, Any]:
+    """Cycles of a tile, whose loop over heads is `packs_loop`; and of an item's ends at most."""
+    tile_loop = min(
+        (x for x in loops if x.first < packs_loop.first and x.last > packs_loop.last),
+        key=lambda x: x.last - x.first,
+    )
+    cycles = tile_loop.own_cycles + PACK_TURNS * packs_loop.own_cycles
+    # Loops that clear an item's state and write its output, a turn a head; waits are among them.
+    others = [x for x in loops if x.first > tile_loop.first and x.last < tile_loop.last]
+    ends = sum(x.own_cycles for x in others if x is not packs_loop)
+    # Queries of 32 heads times tokens of context times D, in QK and in PV.
+    flops = 4 * 32 * CHUNK[1] * CHUNK[2] * 128
+    return {
+        "loop_cycles": cycles,
+        "item_cycles": 8 * ends,
+        "tflops_per_s_estimated": round(flops / cycles * clock / 1e3, 1),
+    }
+
+
 def estimate(chip: str, kernel: str) -> dict[str, Any]:
     """Compiles one kernel for one chip and says what its loop over the context takes."""
     with tempfile.TemporaryDirectory() as folder:
@@ -128,10 +149,7 @@ def estimate(chip: str, kernel: str) -> dict[str, Any]:
     clock, gb_per_s = RATES[chip]
     result |= {"loop_cycles": loop.own_cycles, "empty": loop.empty, "slot_use": loop.slot_use}
     if kernel == CHUNK[0]:
-        # Queries of 32 heads times tokens of context times D, in QK and in PV.
-        flops = 4 * 32 * CHUNK[1] * CHUNK[2] * 128
-        result["tflops_per_s_estimated"] = round(flops / loop.own_cycles * clock / 1e3, 1)
-        return result
+        return result | _chunk_cycles(loops, loop, clock)
     tokens, iterations = DECODES[kernel]
     cycles = loop.own_cycles * iterations / tokens
     result |= {

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jpaged.pallas_kernels.mosaic_tpu import LANES, SUBLANES
+from jpaged.pallas_kernels.paged_attention.mosaic_tpu_upright import MASKED, MAX_START, Upright
 
 # Tiles on their way while one is computed: with one, the engine would idle between its arrival and
 # the start of the next.
@@ -25,9 +26,6 @@ Q_SLOTS = 4
 VMEM_LIMIT_BYTES = 40 * 2**20
 # Of decodes and of chunks, in profiles and dumps.
 KERNEL_NAMES = ("jpaged_attention_decode", "jpaged_attention_chunks")
-# Finite, so that a row with nothing visible in a tile yields 0 and not inf - inf.
-_MASKED = -1e30
-_MAX_START = -1e20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +51,16 @@ class Tiling:
         return self.num_kv_heads // self.packed_heads
 
     @property
+    def pieces_of_pack(self) -> int:
+        """Parts of a pack's rows, computed one by one: so many that all are an even number."""
+        return 2 if self.tile_q > 1 and self.num_packs % 2 else 1
+
+    @property
+    def is_upright(self) -> bool:
+        """Whether queries lie along lanes: where they fill them."""
+        return self.tile_q > 1 and self.used_rows >= LANES * self.pieces_of_pack
+
+    @property
     def used_rows(self) -> int:
         """Rows of queries of a pack."""
         return self.packed_heads * self.group_size * self.tile_q
@@ -60,7 +68,8 @@ class Tiling:
     @property
     def rows(self) -> int:
         """`used_rows`, padded to whole registers."""
-        return -(-self.used_rows // SUBLANES) * SUBLANES
+        whole = SUBLANES * self.pieces_of_pack
+        return -(-self.used_rows // whole) * whole
 
 
 @jax.tree_util.register_dataclass
@@ -118,9 +127,12 @@ def attend(
         scale=scale,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
+        dtype=pool.dtype,
     )
+    q_shape = q.shape
+    if body.upright is not None:
+        q = q.reshape(q.shape[0], body.upright.num_pieces, body.upright.rows, q.shape[-1])
     tile_shape = q.shape[1:]
-    state = (tiling.num_packs, tiling.rows, LANES)
     call = pl.pallas_call(
         body,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -132,9 +144,7 @@ def attend(
             pltpu.SMEM((2, 1, LANES), jnp.int32),
             pltpu.VMEM((Q_SLOTS, *tile_shape), q.dtype),
             pltpu.VMEM((2, *tile_shape), q.dtype),
-            pltpu.VMEM(state, jnp.float32),
-            pltpu.VMEM(state, jnp.float32),
-            pltpu.VMEM(tile_shape, jnp.float32),
+            body.state_scratch(tile_shape),
             pltpu.SemaphoreType.DMA((AHEAD + 1,)),
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.SemaphoreType.DMA((Q_SLOTS,)),
@@ -146,7 +156,7 @@ def attend(
         interpret=False if interpret is None else interpret,
         name=KERNEL_NAMES[tiling.tile_q > 1],
     )
-    return call(*scalars, q, pool, tables)
+    return call(*scalars, q, pool, tables).reshape(q_shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,6 +169,33 @@ class _Body:
     scale: float
     sliding_window: int | None
     soft_cap: float | None
+    dtype: Any
+
+    @property
+    def upright(self) -> Upright | None:
+        """How to compute a tile if queries lie along lanes."""
+        t = self.tiling
+        if not t.is_upright:
+            return None
+        return Upright(
+            num_pieces=t.num_packs * t.pieces_of_pack,
+            pieces_of_head=t.pieces_of_pack,
+            rows=t.rows // t.pieces_of_pack,
+            tile_q=t.tile_q,
+            tile_kv=t.tile_kv,
+            head_dim=t.head_dim,
+            dtype=self.dtype,
+            scale=self.scale,
+            sliding_window=self.sliding_window,
+            soft_cap=self.soft_cap,
+        )
+
+    def state_scratch(self, tile_shape: tuple[int, ...]) -> tuple[Any, ...]:
+        """The state of an item: maxima (every lane the same), sums (that of all lanes), output."""
+        if self.upright is not None:
+            return self.upright.scratch()
+        state = (self.tiling.num_packs, self.tiling.rows, LANES)
+        return tuple(pltpu.VMEM(shape, jnp.float32) for shape in (state, state, tile_shape))
 
     def __call__(
         self,
@@ -177,17 +214,16 @@ class _Body:
         # Scratch
         kv_tiles,  # [AHEAD + 1, blocks, kinds, num_kv_heads, block_size, row_size]
         table_tiles,  # i32[2, 1, LANES]
-        q_tiles,  # [Q_SLOTS, num_packs, rows, packed_dim]
-        out_tiles,  # [2, num_packs, rows, packed_dim]
-        max_ref,  # f32[num_packs, rows, LANES]: every lane the same
-        sum_ref,  # as max_ref, but the sum is that of all lanes
-        acc_ref,  # f32[num_packs, rows, packed_dim]
+        q_tiles,  # [Q_SLOTS, num_packs, rows, packed_dim], or in pieces
+        out_tiles,  # [2, num_packs, rows, packed_dim], or in pieces
+        state,  # see `state_scratch`
         kv_arrived,
         table_arrived,
         q_arrived,
         out_left,
     ):
         t = self.tiling
+        upright = self.upright
         num_items = seq_ref.shape[0]
         num_steps = num_steps_ref[0]
         v_kind = kv_tiles.shape[2] - 1  # in the merged layout K is there too
@@ -274,6 +310,13 @@ class _Body:
                     token = lax.broadcasted_iota(jnp.int32, v.shape, 1) + i * t.block_size
                     kv_tiles[kv_slot, i, v_kind] = jnp.where(token < end, v, jnp.zeros_like(v))
 
+        def wait_for_step(kv_slot, item, tile):
+            @pl.when(tile == first_tile_ref[item])
+            def _():
+                q_copy(item).wait()
+
+            wait_for_blocks(kv_slot, item, tile)
+
         def step_body(step, carry):
             (item, tile), coming, (ahead_item, ahead_tile), kv_slot = carry
             ahead = step + AHEAD
@@ -283,34 +326,57 @@ class _Body:
             ahead_count = jnp.where(ahead < num_steps, blocks_of(ahead_item, ahead_tile), 0)
             ahead_slot = jnp.where(kv_slot == 0, AHEAD, kv_slot - 1)
 
-            def start_some_blocks(part):
+            def start_some_blocks(part, parts=t.num_packs):
                 # Predicated one by one, and not a branch around all: so they are issued beside the
                 # vector instructions of the products, at no cost of their own.
-                share = pl.cdiv(t.blocks, t.num_packs)
-                for i in range(part * share, min((part + 1) * share, t.blocks)):
+                share = pl.cdiv(t.blocks, parts)
+                for j in range(share):
+                    i = part * share + j
 
                     @pl.when(i < ahead_count)
                     def _(i=i):
                         start_block(ahead, ahead_slot, ahead_tile, i)
 
-            @pl.when(tile == first_tile_ref[item])
-            def _():
-                q_copy(item).wait()
-                max_ref[...] = jnp.full_like(max_ref, _MAX_START)
-                sum_ref[...] = jnp.zeros_like(sum_ref)
-                acc_ref[...] = jnp.zeros_like(acc_ref)
+            next_slot = jnp.where(kv_slot == AHEAD, 0, kv_slot + 1)
+            if upright is not None:
 
-            wait_for_blocks(kv_slot, item, tile)
-            self._attend_tile(
-                q_tiles.at[item & (Q_SLOTS - 1)],
-                kv_tiles.at[kv_slot],
-                max_ref,
-                sum_ref,
-                acc_ref,
-                position_ref[item],
-                tile * t.tile_kv,
-                start_some_blocks,
-            )
+                @pl.when(tile == first_tile_ref[item])
+                def _():
+                    upright.clear(state)
+
+                @pl.when(step + 1 < num_steps)
+                def _():
+                    wait_for_step(next_slot, *coming)
+
+                upright.attend(
+                    (item & (Q_SLOTS - 1), kv_slot),
+                    (coming[0] & (Q_SLOTS - 1), next_slot),
+                    q_tiles,
+                    kv_tiles,
+                    state,
+                    position_ref[item],
+                    tile * t.tile_kv,
+                    # Half of the pieces, so that the last blocks are not waited for at once.
+                    functools.partial(start_some_blocks, parts=pl.cdiv(upright.num_pieces, 2)),
+                )
+            else:
+                wait_for_step(kv_slot, item, tile)
+
+                @pl.when(tile == first_tile_ref[item])
+                def _():
+                    max_ref, sum_ref, acc_ref = state
+                    max_ref[...] = jnp.full_like(max_ref, MAX_START)
+                    sum_ref[...] = jnp.zeros_like(sum_ref)
+                    acc_ref[...] = jnp.zeros_like(acc_ref)
+
+                self._attend_tile(
+                    q_tiles.at[item & (Q_SLOTS - 1)],
+                    kv_tiles.at[kv_slot],
+                    *state,
+                    position_ref[item],
+                    tile * t.tile_kv,
+                    start_some_blocks,
+                )
 
             @pl.when(tile == last_tile_ref[item])
             def _():
@@ -318,17 +384,25 @@ class _Body:
                 def _():
                     out_copy(item - 2).wait()
 
-                for pack in range(t.num_packs):
-                    total = jnp.sum(sum_ref[pack], axis=1, keepdims=True)
-                    total = jnp.maximum(total, 1e-30)
-                    out_tiles[item & 1, pack] = (acc_ref[pack] / total).astype(out_tiles.dtype)
+                if upright is not None:
+
+                    @pl.loop(0, upright.num_pieces)
+                    def _(piece):
+                        out = upright.result(piece, state)
+                        out_tiles[item & 1, piece] = out.astype(out_tiles.dtype)
+                else:
+                    _, sum_ref, acc_ref = state
+                    for pack in range(t.num_packs):
+                        total = jnp.sum(sum_ref[pack], axis=1, keepdims=True)
+                        total = jnp.maximum(total, 1e-30)
+                        out_tiles[item & 1, pack] = (acc_ref[pack] / total).astype(out_tiles.dtype)
                 out_copy(item).start()
 
             return (
                 coming,
                 (ahead_item, ahead_tile),
                 after,
-                jnp.where(kv_slot == AHEAD, 0, kv_slot + 1),
+                next_slot,
             )
 
         @pl.when(num_steps > 0)
@@ -346,6 +420,13 @@ class _Body:
                     start_block(step, step, tile, i)
 
             start_table(jnp.int32(2), *third)
+            if upright is not None:
+                wait_for_step(0, *first)
+                upright.make_logits(
+                    kv_tiles[0, :, 0, 0].reshape(t.tile_kv, t.head_dim),
+                    q_tiles[0, 0],
+                    state[2].at[0],
+                )
             carry = (first, second, third, jnp.int32(0))
             (end_item, _), _, _, _ = lax.fori_loop(0, num_steps, step_body, carry)
             out_copy(end_item - 1).wait()
@@ -387,7 +468,7 @@ class _Body:
             x = self.scale * x
             if self.soft_cap is not None:
                 x = self.soft_cap * jnp.tanh(x / self.soft_cap)
-            x = jnp.where(visible, x, _MASKED)
+            x = jnp.where(visible, x, MASKED)
             old_max = max_ref[pack]
             new_max = jnp.maximum(old_max, jnp.max(x, axis=1, keepdims=True))
             x = jnp.exp(x - _widened(new_max, t.tile_kv))

@@ -69,6 +69,27 @@ def test_decodes_only():
     _run(decodes, jnp.float32, max_query_len=1)
 
 
+def test_chunks_of_few_queries():
+    case = Case(name="few", query_lens=(9, 1, 3), seq_lens=(50, 40, 3))
+    _run(case, jnp.float32, max_query_len=9)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def test_tiles_that_need_no_mask_and_others_in_a_window(num_kv_heads):
+    # Of tile_q 256 and tiles of 32 tokens: 64 to 351 are out of the window or partly, 352 to 383
+    # are visible to all queries, what follows is not.
+    case = Case(
+        name="window",
+        query_lens=(5, 3),
+        seq_lens=(400, 30),
+        num_heads=2 * num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        sliding_window=330,
+        soft_cap=4.0,
+    )
+    _run(case, jnp.float32)
+
+
 def test_nothing_to_do():
     arrays = make(Case(name="none", query_lens=(0,), seq_lens=(0,), num_padding_tokens=3), "f4")
     out = mosaic_tpu.paged_attention(**arrays, scale=1.0, interpret=tpu_interpreter())

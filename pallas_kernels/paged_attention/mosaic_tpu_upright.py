@@ -1,0 +1,210 @@
+"""How the TPU kernel computes a tile of many queries: logits stand upright, [tokens, queries].
+
+A query's maximum and sum then lie in a lane: to find and to apply them takes no exchange between
+lanes, and one register serves the whole tile. The sum is a row of the product with V, whose rows
+are followed by ones. The logits of a piece are made while the one before it is folded in, across
+tiles too, and wait in memory and not in registers, of which there are too few.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.tpu as pltpu
+import jax.numpy as jnp
+from jax import lax
+
+from jpaged.pallas_kernels.mosaic_tpu import SUBLANES, tile_rows
+
+# Finite, so that a query with nothing visible in a tile yields 0 and not inf - inf.
+MASKED = -1e30
+MAX_START = -1e20
+# Pieces that an iteration computes, so that a long product hides the start and the end of the next.
+# Tiles that need a mask are few: less of them is unrolled, for the sake of compilation.
+GROUP = 4
+MASKED_GROUP = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Upright:
+    """The queries of an item in pieces, an even number of them."""
+
+    num_pieces: int
+    pieces_of_head: int
+    rows: int
+    tile_q: int
+    tile_kv: int
+    head_dim: int
+    dtype: Any
+    scale: float
+    sliding_window: int | None
+    soft_cap: float | None
+
+    @property
+    def factor(self) -> float:
+        """From logits as they are kept to powers of two."""
+        return math.log2(math.e) * (self.scale if self.soft_cap is None else 1.0)
+
+    def scratch(self) -> tuple[Any, ...]:
+        """The state of an item, and room for logits."""
+        sums = tile_rows(self.dtype)
+        return (
+            # Maxima, each row the same; the output, and below it the sum of weights in each row.
+            pltpu.VMEM((self.num_pieces, SUBLANES, self.rows), jnp.float32),
+            pltpu.VMEM((self.num_pieces, self.head_dim + sums, self.rows), jnp.float32),
+            # Logits of two pieces.
+            pltpu.VMEM((2, self.tile_kv, self.rows), jnp.float32),
+        )
+
+    def clear(self, state) -> None:
+        """Begins an item."""
+        max_ref, acc_ref, _ = state
+
+        @pl.loop(0, self.num_pieces)
+        def _(piece):
+            max_ref[piece] = jnp.full(max_ref.shape[1:], MAX_START, jnp.float32)
+            acc_ref[piece] = jnp.zeros(acc_ref.shape[1:], jnp.float32)
+
+    def result(self, piece, state) -> jax.Array:
+        """The attention of a piece's queries, f32[rows, head_dim]."""
+        _, acc_ref, _ = state
+        total = jnp.maximum(acc_ref[piece, self.head_dim : self.head_dim + 1], 1e-30)
+        return (acc_ref[piece, : self.head_dim] / total).T
+
+    def make_logits(self, keys, queries, logits_ref, visible=None) -> None:
+        """Keys times queries where those are `visible`, scaled later unless they are capped."""
+        x = lax.dot_general(
+            keys,
+            queries,
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+            precision=self._precision,
+        )
+        if self.soft_cap is not None:
+            x = self.soft_cap * jnp.tanh(x * (self.scale / self.soft_cap))
+        logits_ref[...] = x if visible is None else jnp.where(visible, x, MASKED)
+
+    def attend(
+        self,
+        now: tuple[Any, Any],
+        coming: tuple[Any, Any],
+        q_tiles,  # [slots, num_pieces, rows, head_dim]
+        kv_tiles,  # [slots, blocks, 2, num_kv_heads, block_size, head_dim]
+        state,
+        position: jax.Array,
+        first_slot: jax.Array,
+        start_some_blocks: Callable[[Any], None],
+    ) -> None:
+        """Folds a tile into the running softmax of an item, and makes the next one's first logits.
+
+        Args:
+            now: Slots of the item's queries and of the tile.
+            coming: Those of the next step.
+            q_tiles: Queries of all slots.
+            kv_tiles: Tiles of all slots.
+            state: What `scratch` says.
+            position: Context index of the first query.
+            first_slot: Context index of the tile's first token.
+            start_some_blocks: Has a share of the next blocks on their way, that of a piece.
+        """
+        max_ref, acc_ref, logits_ref = state
+
+        def rows_of(slot, kind, piece):
+            head = lax.div(piece, jnp.int32(self.pieces_of_head))
+            return kv_tiles[slot, :, kind, head].reshape(self.tile_kv, self.head_dim)
+
+        offset = position - first_slot
+        nearest = None if self.sliding_window is None else offset - self.sliding_window
+
+        def run(group, masked):
+            @pl.loop(0, self.num_pieces // group)
+            def _(i):
+                for j in range(group):
+                    piece = i * group + j
+                    following = piece + 1
+                    q_slot, kv_slot = now
+                    last, first = offset, nearest
+                    if j + 1 == group:
+                        is_end = following == self.num_pieces
+                        following = jnp.where(is_end, 0, following)
+                        q_slot = jnp.where(is_end, coming[0], q_slot)
+                        kv_slot = jnp.where(is_end, coming[1], kv_slot)
+                        # The next step masks its own.
+                        last = jnp.where(is_end, self.tile_kv, last)
+                        if first is not None:
+                            first = jnp.where(is_end, -self.tile_q, first)
+                    start_some_blocks(piece)
+                    visible = self._visible(j + 1, last, first) if masked else None
+                    self.make_logits(
+                        rows_of(kv_slot, 0, following),
+                        q_tiles[q_slot, following],
+                        logits_ref.at[(j + 1) & 1],
+                        visible,
+                    )
+                    self._fold(
+                        rows_of(now[1], 1, piece),
+                        max_ref.at[piece],
+                        acc_ref.at[piece],
+                        logits_ref.at[j & 1],
+                    )
+
+        all_visible = first_slot + self.tile_kv - 1 <= position
+        if self.sliding_window is not None:
+            all_visible &= first_slot > position + self.tile_q - 1 - self.sliding_window
+        group = GROUP if self.num_pieces % GROUP == 0 else 2
+
+        @pl.when(all_visible)
+        def _():
+            run(group, masked=False)
+
+        @pl.when(~all_visible)
+        def _():
+            # The logits that the step before this one made.
+            logits_ref[0] = jnp.where(self._visible(0, offset, nearest), logits_ref[0], MASKED)
+            run(MASKED_GROUP, masked=True)
+
+    @property
+    def _precision(self) -> lax.Precision | None:
+        return lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
+
+    def _visible(self, piece, last, first) -> jax.Array:
+        """Whether a token is past `first` and not past `last`, if that is what query 0 may see."""
+        shape = (self.tile_kv, self.rows)
+        row = piece % self.pieces_of_head * self.rows + lax.broadcasted_iota(jnp.int32, shape, 1)
+        ahead = lax.broadcasted_iota(jnp.int32, shape, 0) - (row & (self.tile_q - 1))
+        visible = ahead <= last
+        return visible if first is None else visible & (ahead > first)
+
+    def _fold(self, values, max_ref, acc_ref, logits_ref) -> None:
+        # The logits are read twice: a maximum taken as they come would hold them in registers.
+        old_max = max_ref[...]
+        new_max = jnp.maximum(old_max, jnp.max(_folded(logits_ref[...]), axis=0, keepdims=True))
+        max_ref[...] = new_max
+        rescale = jnp.exp2((old_max - new_max) * self.factor)
+        # In this order nothing but loads can run ahead of the maximum.
+        weights = jnp.exp2((logits_ref[...] - _tall(new_max, self.tile_kv)) * self.factor)
+        ones = jnp.ones((tile_rows(self.dtype), self.tile_kv), self.dtype)
+        sums = lax.dot_general(
+            jnp.concatenate([values.T, ones], axis=0),
+            weights.astype(self.dtype),
+            (((1,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
+            precision=self._precision,
+        )
+        acc_ref[...] = acc_ref[...] * _tall(rescale, sums.shape[0]) + sums
+
+
+def _tall(x: jax.Array, count: int) -> jax.Array:
+    """Rows that are all the same, [SUBLANES, columns], with another number of them."""
+    return jnp.concatenate([x] * (count // SUBLANES), axis=0)
+
+
+def _folded(x: jax.Array) -> jax.Array:
+    """The maximum over registers, [SUBLANES, columns], in four chains."""
+    pieces = [x[i : i + SUBLANES] for i in range(0, x.shape[0], SUBLANES)]
+    chains = [functools.reduce(jnp.maximum, pieces[i::4]) for i in range(min(4, len(pieces)))]
+    return functools.reduce(jnp.maximum, chains)
