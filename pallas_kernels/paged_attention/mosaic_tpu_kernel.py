@@ -127,7 +127,7 @@ def attend(
         scale=scale,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
-        dtype=pool.dtype,
+        dtype=q.dtype,
     )
     q_shape = q.shape
     if body.upright is not None:
@@ -183,7 +183,7 @@ class _Body:
             rows=t.rows // t.pieces_of_pack,
             tile_q=t.tile_q,
             tile_kv=t.tile_kv,
-            head_dim=t.head_dim,
+            row_size=t.row_size,
             dtype=self.dtype,
             scale=self.scale,
             sliding_window=self.sliding_window,
@@ -360,15 +360,16 @@ class _Body:
                     functools.partial(start_some_blocks, parts=pl.cdiv(upright.num_pieces, 2)),
                 )
             else:
-                wait_for_step(kv_slot, item, tile)
 
                 @pl.when(tile == first_tile_ref[item])
                 def _():
+                    q_copy(item).wait()
                     max_ref, sum_ref, acc_ref = state
                     max_ref[...] = jnp.full_like(max_ref, MAX_START)
                     sum_ref[...] = jnp.zeros_like(sum_ref)
                     acc_ref[...] = jnp.zeros_like(acc_ref)
 
+                wait_for_blocks(kv_slot, item, tile)
                 self._attend_tile(
                     q_tiles.at[item & (Q_SLOTS - 1)],
                     kv_tiles.at[kv_slot],
@@ -422,11 +423,7 @@ class _Body:
             start_table(jnp.int32(2), *third)
             if upright is not None:
                 wait_for_step(0, *first)
-                upright.make_logits(
-                    kv_tiles[0, :, 0, 0].reshape(t.tile_kv, t.head_dim),
-                    q_tiles[0, 0],
-                    state[2].at[0],
-                )
+                upright.begin(q_tiles, kv_tiles, state)
             carry = (first, second, third, jnp.int32(0))
             (end_item, _), _, _, _ = lax.fori_loop(0, num_steps, step_body, carry)
             out_copy(end_item - 1).wait()
@@ -455,14 +452,16 @@ class _Body:
             return jnp.concatenate(tiles, axis=1).astype(q_ref.dtype)
 
         def logits_of(pack):
-            start_some_blocks(pack)
-            return lax.dot_general(
+            x = lax.dot_general(
                 q_ref[pack],
                 heads_side_by_side(0, pack),
                 (((1,), (1,)), ((), ())),
                 preferred_element_type=jnp.float32,
                 precision=exact,
             )
+            # Not before: the compiler lets no load pass the start of a DMA into the same memory.
+            start_some_blocks(pack)
+            return x
 
         def weights_of(pack, x):
             x = self.scale * x

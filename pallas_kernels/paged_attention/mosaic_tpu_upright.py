@@ -38,8 +38,8 @@ class Upright:
     rows: int
     tile_q: int
     tile_kv: int
-    head_dim: int
-    dtype: Any
+    row_size: int
+    dtype: Any  # of queries and of weights; the pool's may be narrower
     scale: float
     sliding_window: int | None
     soft_cap: float | None
@@ -55,7 +55,7 @@ class Upright:
         return (
             # Maxima, each row the same; the output, and below it the sum of weights in each row.
             pltpu.VMEM((self.num_pieces, SUBLANES, self.rows), jnp.float32),
-            pltpu.VMEM((self.num_pieces, self.head_dim + sums, self.rows), jnp.float32),
+            pltpu.VMEM((self.num_pieces, self.row_size + sums, self.rows), jnp.float32),
             # Logits of two pieces.
             pltpu.VMEM((2, self.tile_kv, self.rows), jnp.float32),
         )
@@ -70,30 +70,22 @@ class Upright:
             acc_ref[piece] = jnp.zeros(acc_ref.shape[1:], jnp.float32)
 
     def result(self, piece, state) -> jax.Array:
-        """The attention of a piece's queries, f32[rows, head_dim]."""
+        """The attention of a piece's queries, f32[rows, row_size]."""
         _, acc_ref, _ = state
-        total = jnp.maximum(acc_ref[piece, self.head_dim : self.head_dim + 1], 1e-30)
-        return (acc_ref[piece, : self.head_dim] / total).T
+        total = jnp.maximum(acc_ref[piece, self.row_size : self.row_size + 1], 1e-30)
+        return (acc_ref[piece, : self.row_size] / total).T
 
-    def make_logits(self, keys, queries, logits_ref, visible=None) -> None:
-        """Keys times queries where those are `visible`, scaled later unless they are capped."""
-        x = lax.dot_general(
-            keys,
-            queries,
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-            precision=self._precision,
-        )
-        if self.soft_cap is not None:
-            x = self.soft_cap * jnp.tanh(x * (self.scale / self.soft_cap))
-        logits_ref[...] = x if visible is None else jnp.where(visible, x, MASKED)
+    def begin(self, q_tiles, kv_tiles, state) -> None:
+        """Makes the first logits of the first step, in slots 0."""
+        keys = self._rows(kv_tiles, 0, 0, jnp.int32(0))
+        self._make_logits(keys, q_tiles[0, 0], state[2].at[0])
 
     def attend(
         self,
         now: tuple[Any, Any],
         coming: tuple[Any, Any],
-        q_tiles,  # [slots, num_pieces, rows, head_dim]
-        kv_tiles,  # [slots, blocks, 2, num_kv_heads, block_size, head_dim]
+        q_tiles,  # [slots, num_pieces, rows, row_size]
+        kv_tiles,  # [slots, blocks, kinds, num_kv_heads, block_size, row_size]
         state,
         position: jax.Array,
         first_slot: jax.Array,
@@ -112,10 +104,6 @@ class Upright:
             start_some_blocks: Has a share of the next blocks on their way, that of a piece.
         """
         max_ref, acc_ref, logits_ref = state
-
-        def rows_of(slot, kind, piece):
-            head = lax.div(piece, jnp.int32(self.pieces_of_head))
-            return kv_tiles[slot, :, kind, head].reshape(self.tile_kv, self.head_dim)
 
         offset = position - first_slot
         nearest = None if self.sliding_window is None else offset - self.sliding_window
@@ -139,14 +127,14 @@ class Upright:
                             first = jnp.where(is_end, -self.tile_q, first)
                     start_some_blocks(piece)
                     visible = self._visible(j + 1, last, first) if masked else None
-                    self.make_logits(
-                        rows_of(kv_slot, 0, following),
+                    self._make_logits(
+                        self._rows(kv_tiles, kv_slot, 0, following),
                         q_tiles[q_slot, following],
                         logits_ref.at[(j + 1) & 1],
                         visible,
                     )
                     self._fold(
-                        rows_of(now[1], 1, piece),
+                        self._rows(kv_tiles, now[1], kv_tiles.shape[2] - 1, piece),
                         max_ref.at[piece],
                         acc_ref.at[piece],
                         logits_ref.at[j & 1],
@@ -170,6 +158,25 @@ class Upright:
     @property
     def _precision(self) -> lax.Precision | None:
         return lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
+
+    def _rows(self, kv_tiles, slot, kind, piece) -> jax.Array:
+        """Keys or values of the head of a piece, [tile_kv, row_size]."""
+        head = lax.div(piece, jnp.int32(self.pieces_of_head))
+        rows = kv_tiles[slot, :, kind, head].reshape(self.tile_kv, self.row_size)
+        return rows.astype(self.dtype)
+
+    def _make_logits(self, keys, queries, logits_ref, visible=None) -> None:
+        """Keys times queries where those are `visible`, scaled later unless they are capped."""
+        x = lax.dot_general(
+            keys,
+            queries,
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+            precision=self._precision,
+        )
+        if self.soft_cap is not None:
+            x = self.soft_cap * jnp.tanh(x * (self.scale / self.soft_cap))
+        logits_ref[...] = x if visible is None else jnp.where(visible, x, MASKED)
 
     def _visible(self, piece, last, first) -> jax.Array:
         """Whether a token is past `first` and not past `last`, if that is what query 0 may see."""
