@@ -9,9 +9,11 @@ compiles for one generation, since libtpu reads its environment once.
 import argparse
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,6 +26,7 @@ CHIPS = {
     "tpu7x": ("tpu7x:2x2x1", "tpu7x-8"),
 }
 BLOCK_SIZES = (16, 32, 64, 128)
+_TPU_INFERENCE = "tpu_inference.kernels.ragged_paged_attention.v3.kernel"
 # Schedules that tell cycles, and no other of some seventy passes.
 _PASSES = ".*(final|packed-bundles-post-ra|delay).*"
 
@@ -173,8 +176,79 @@ def _smollm2_135m() -> Iterator[Problem]:
     yield in_place(name="smollm2_copy_blocks", make=_copy_blocks, args=(pool, ids, ids))
 
 
+def has_tpu_inference() -> bool:
+    """Whether the kernels of the package `tpu-inference` can be imported."""
+    try:
+        importlib.import_module(_TPU_INFERENCE)
+    except ImportError:
+        return False
+    return True
+
+
 def peers() -> Iterator[Problem]:
-    """JAX's own kernels, decoding as `attention_decode_16` and `_128` do."""
+    """Other kernels, decoding as `attention_decode_16` and `_128` do; one also as the chunk."""
+    yield from _jax_peers()
+    for size in (16, 128):
+        yield _tpu_inference(
+            f"tpu_inference_v3_decode_{size}",
+            block_size=size,
+            kernel=f"RPAd-p_{size}-bq_1_1-bkv_4096_4096.1",
+            decode_sizes=(1, 4096, 1, 4096),
+        )
+    yield _tpu_inference(
+        "tpu_inference_v3_chunk",
+        block_size=128,
+        num_tokens=2048,
+        num_seqs=1,
+        kernel="RPAm-p_128-bq_128_128-bkv_512_512.1",
+        chunk_sizes=(128, 512, 128, 512),
+    )
+
+
+def _tpu_inference(
+    name: str,
+    *,
+    block_size: int,
+    kernel: str,
+    num_tokens: int = 64,
+    num_seqs: int = 64,
+    decode_sizes: tuple[int, ...] = (1, 128, 1, 128),
+    chunk_sizes: tuple[int, ...] = (8, 128, 8, 128),
+) -> Problem:
+    """Its ragged paged attention: of the two kernels in it the one not asked for is small."""
+    rows = ((num_tokens, 8, 128), "bfloat16")
+    ids = "int32"
+    return Problem(
+        name=name,
+        make=functools.partial(
+            _tpu_inference_attention, d_block_sizes=decode_sizes, m_block_sizes=chunk_sizes
+        ),
+        args=(
+            ((num_tokens, 32, 128), "bfloat16"),
+            rows,
+            rows,
+            ((65536 // block_size, block_size, 8, 2, 128), "bfloat16"),
+            ((num_seqs,), ids),
+            ((num_seqs * 8192 // block_size,), ids),
+            ((num_seqs + 1,), ids),
+            ((3,), ids),
+        ),
+        kernel=kernel,
+    )
+
+
+def _tpu_inference_attention(**sizes: tuple[int, ...]) -> Callable:
+    kernel = importlib.import_module(_TPU_INFERENCE)
+    generation = re.search(r"\d", os.environ["TPU_ACCELERATOR_TYPE"])
+    assert generation is not None
+    # It asks the device, which is a CPU here.
+    vars(kernel)["get_tpu_version"] = lambda: int(generation[0])
+    return functools.partial(
+        kernel.ragged_paged_attention, vmem_limit_bytes=100 * 2**20, sm_scale=0.1, **sizes
+    )
+
+
+def _jax_peers() -> Iterator[Problem]:
     q, ids = ((64, 32, 128), "bfloat16"), "int32"
     for size, pages in ((16, 32), (128, 8)):
         pages_of = 4096 // size

@@ -5,7 +5,6 @@ Decodes and chunks go through the same kernel, with different tiles. The layout 
 change: a block is one contiguous DMA, and the rows of a head in it are whole TPU tiles.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -24,6 +23,8 @@ TILE_BYTES = 4 * 2**20
 CHUNK_ROWS = 512
 # Elements of all queries of a chunk's tile: four tiles of them, and three f32 states, are in VMEM.
 CHUNK_ELEMENTS = 4096 * 128
+# Queries of a chunk's tile, at least: whole registers of a head's, in 16 bits.
+LEAST_CHUNK = 2 * SUBLANES
 # Context of a chunk's tile in tokens. By the static schedule on v6e a query takes two thirds of
 # the cycles it takes in tiles of 128 rows.
 CHUNK_TILE_KV = 512
@@ -32,8 +33,8 @@ CHUNK_TILE_KV = 512
 def unsupported_reasons(num_heads: int, spec: KVCacheSpec) -> list[str]:
     """Why the kernel cannot serve a problem on a TPU; empty if it can."""
     reasons = pool_reasons(spec)
-    if num_heads * spec.row_size * SUBLANES > CHUNK_ELEMENTS:
-        most = CHUNK_ELEMENTS // (SUBLANES * spec.row_size)
+    if num_heads * spec.row_size * LEAST_CHUNK > CHUNK_ELEMENTS:
+        most = CHUNK_ELEMENTS // (LEAST_CHUNK * spec.row_size)
         reasons.append(f"takes up to {most} query heads, got {num_heads}")
     if spec.block_bytes > TILE_BYTES:
         reasons.append(f"takes blocks of up to {TILE_BYTES} bytes, got {spec.block_bytes}")
@@ -75,11 +76,11 @@ def choose_tiling(
 def chunk_tile_q(
     num_heads: int, num_kv_heads: int, row_size: int, max_query_len: int | None
 ) -> int:
-    """Queries of a chunk's tile: a power of two, at least 8, so that rows fill sublanes."""
+    """Queries of a chunk's tile: a power of two, at least `LEAST_CHUNK`."""
     most = min(CHUNK_ROWS * num_kv_heads // num_heads, CHUNK_ELEMENTS // (num_heads * row_size))
     if max_query_len is not None:
         most = min(most, 1 << (max_query_len - 1).bit_length())
-    return 1 << (max(SUBLANES, most).bit_length() - 1)
+    return 1 << (max(LEAST_CHUNK, most).bit_length() - 1)
 
 
 def paged_attention(
@@ -115,14 +116,18 @@ def paged_attention(
     out = jnp.zeros_like(q)
     for tile_q in tile_qs:
         tiling = tiling_of(tile_q=tile_q)
-        batch = _cut(
-            seq_lens, query_start_loc, tiling, num_tokens=num_tokens, sliding_window=sliding_window
-        )
-        tiles = mosaic_tpu_kernel.attend(
-            _pack(q, batch, tiling),
+        out = mosaic_tpu_kernel.attend(
+            q,
+            out,
             pool,
             tables,
-            batch.items,
+            _cut(
+                seq_lens,
+                query_start_loc,
+                tiling,
+                num_tokens=num_tokens,
+                sliding_window=sliding_window,
+            ),
             tiling,
             table_stride=tables.shape[0] // block_tables.shape[0],
             scale=scale,
@@ -130,19 +135,7 @@ def paged_attention(
             soft_cap=soft_cap,
             interpret=interpret,
         )
-        out = jnp.where(batch.is_mine[:, None, None], _unpack(tiles, batch, tiling), out)
     return out[:, :, spec.row_size - head_dim :]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Batch:
-    """The items of a batch, and which of its tokens they hold."""
-
-    items: Items
-    first_token: jax.Array  # i32[num_items]
-    is_mine: jax.Array  # bool[num_tokens]
-    item_of_token: jax.Array  # i32[num_tokens]
-    row_of_token: jax.Array  # i32[num_tokens]
 
 
 def _table_rows(block_tables: jax.Array) -> jax.Array:
@@ -151,7 +144,7 @@ def _table_rows(block_tables: jax.Array) -> jax.Array:
     return padded.reshape(-1, 1, LANES)
 
 
-def _cut(seq_lens, query_start_loc, tiling, *, num_tokens, sliding_window) -> _Batch:
+def _cut(seq_lens, query_start_loc, tiling, *, num_tokens, sliding_window) -> Items:
     """Cuts the queries that this tiling serves into items, those that have work first."""
     tile_q, tile_kv = tiling.tile_q, tiling.tile_kv
     num_seqs = seq_lens.shape[0]
@@ -174,50 +167,12 @@ def _cut(seq_lens, query_start_loc, tiling, *, num_tokens, sliding_window) -> _B
     if sliding_window is not None:
         first_tile = jnp.maximum(position - sliding_window + 1, 0) // tile_kv
     num_tiles = jnp.where(is_item, -(-context // tile_kv) - first_tile, 0)
-    items = Items(
+    return Items(
         seq=seq.astype(jnp.int32),
+        first_token=(query_start_loc[seq] + first_row).astype(jnp.int32),
         position=position.astype(jnp.int32),
         context=context.astype(jnp.int32),
         first_tile=first_tile.astype(jnp.int32),
         last_tile=(first_tile + num_tiles - 1).astype(jnp.int32),
         num_steps=jnp.sum(num_tiles, dtype=jnp.int32)[None],
     )
-    token = jnp.arange(num_tokens)
-    seq_of_token = jnp.searchsorted(query_start_loc, token, side="right", method="compare_all") - 1
-    seq_of_token = jnp.clip(seq_of_token, 0, num_seqs - 1)
-    row = token - query_start_loc[seq_of_token]
-    return _Batch(
-        items=items,
-        first_token=jnp.where(is_item, query_start_loc[seq] + first_row, num_tokens),
-        is_mine=(items_of_seq[seq_of_token] > 0) & (token < query_start_loc[-1]),
-        item_of_token=end[seq_of_token] - items_of_seq[seq_of_token] + row // tile_q,
-        row_of_token=row % tile_q,
-    )
-
-
-def _pack(q: jax.Array, batch: _Batch, tiling: Tiling) -> jax.Array:
-    """Queries as the kernel reads them: [num_items, num_packs, rows, packed_heads * row_size].
-
-    Heads of a pack lie in a block diagonal, so that one product with their keys side by side gives
-    the logits of each with its own keys only. Rows are ordered (head, query head, query).
-    """
-    t = tiling
-    token = batch.first_token[:, None] + jnp.arange(t.tile_q)
-    tiles = q.at[token].get(mode="fill", fill_value=0)  # [I, tile_q, H, D]
-    tiles = tiles.reshape(-1, t.tile_q, t.num_packs, t.packed_heads, t.group_size, t.row_size)
-    tiles = jnp.einsum("iqphgd,hj->iphgqjd", tiles, jnp.eye(t.packed_heads, dtype=q.dtype))
-    tiles = tiles.reshape(-1, t.num_packs, t.used_rows, t.packed_heads * t.row_size)
-    return jnp.pad(tiles, ((0, 0), (0, 0), (0, t.rows - t.used_rows), (0, 0)))
-
-
-def _unpack(tiles: jax.Array, batch: _Batch, tiling: Tiling) -> jax.Array:
-    """The outputs of each token, [num_tokens, num_heads, row_size]: what `_pack` did, undone."""
-    t = tiling
-    tiles = tiles[:, :, : t.used_rows].reshape(
-        -1, t.num_packs, t.packed_heads, t.group_size, t.tile_q, t.packed_heads, t.row_size
-    )
-    own = jnp.stack([tiles[:, :, h, :, :, h] for h in range(t.packed_heads)], axis=2)
-    own = jnp.moveaxis(own, 4, 1)  # [I, tile_q, packs, heads, G, D]
-    item = jnp.clip(batch.item_of_token, 0, own.shape[0] - 1)
-    rows = own[item, batch.row_of_token]
-    return rows.reshape(rows.shape[0], -1, t.row_size)

@@ -16,13 +16,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jpaged.pallas_kernels.mosaic_tpu import LANES, SUBLANES
+from jpaged.pallas_kernels.paged_attention.mosaic_tpu_queries import Queries
 from jpaged.pallas_kernels.paged_attention.mosaic_tpu_upright import MASKED, MAX_START, Upright
 
 # Tiles on their way while one is computed: with one, the engine would idle between its arrival and
 # the start of the next.
 AHEAD = 2
-# Items whose queries are held, a power of two above AHEAD.
-Q_SLOTS = 4
 VMEM_LIMIT_BYTES = 40 * 2**20
 # Of decodes and of chunks, in profiles and dumps.
 KERNEL_NAMES = ("jpaged_attention_decode", "jpaged_attention_chunks")
@@ -78,6 +77,7 @@ class Items:
     """Tiles of queries, those that have work first; tiles of context are counted inclusively."""
 
     seq: jax.Array  # i32[num_items]: row of the block tables
+    first_token: jax.Array  # i32[num_items]: row of q
     position: jax.Array  # i32[num_items]: context index of the first query
     context: jax.Array  # i32[num_items]: tokens that the last query sees
     first_tile: jax.Array  # i32[num_items]
@@ -87,6 +87,7 @@ class Items:
 
 def attend(
     q: jax.Array,
+    out: jax.Array,
     pool: jax.Array,
     tables: jax.Array,
     items: Items,
@@ -98,13 +99,14 @@ def attend(
     soft_cap: float | None,
     interpret: Any = None,
 ) -> jax.Array:
-    """Attention of each item, [num_items, num_packs, rows, packed_heads * row_size].
+    """Attention of the queries of each item, written into `out`.
 
     Args:
-        q: Queries of the same shape, a pack's heads in a block diagonal.
+        q: Queries, [num_tokens, num_heads, row_size].
+        out: Of the same shape; rows of no item stay.
         pool: The block pool.
         tables: Block ids, i32[num_seqs * table_stride, 1, LANES].
-        items: What to compute; the output of items without work is undefined.
+        items: What to compute.
         tiling: How the problem is cut.
         table_stride: Rows of `tables` of a sequence.
         scale: Factor of the logits.
@@ -112,16 +114,10 @@ def attend(
         soft_cap: See `paged_attention`.
         interpret: `pltpu.InterpretParams` to run on a CPU.
     """
-    scalars = (
-        items.seq,
-        items.position,
-        items.context,
-        items.first_tile,
-        items.last_tile,
-        items.num_steps,
-    )
+    scalars = dataclasses.astuple(items)
     body = _Body(
         tiling=tiling,
+        num_tokens=q.shape[0],
         table_stride=table_stride,
         num_blocks=pool.shape[0],
         scale=scale,
@@ -129,34 +125,28 @@ def attend(
         soft_cap=soft_cap,
         dtype=q.dtype,
     )
-    q_shape = q.shape
-    if body.upright is not None:
-        q = q.reshape(q.shape[0], body.upright.num_pieces, body.upright.rows, q.shape[-1])
-    tile_shape = q.shape[1:]
     call = pl.pallas_call(
         body,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(scalars)
-        + [pl.BlockSpec(memory_space=pl.ANY)] * 3,
+        + [pl.BlockSpec(memory_space=pl.ANY)] * 4,
         out_specs=pl.BlockSpec(memory_space=pl.ANY),
         scratch_shapes=[
             pltpu.VMEM((AHEAD + 1, tiling.blocks, *pool.shape[1:]), pool.dtype),
             pltpu.SMEM((2, 1, LANES), jnp.int32),
-            pltpu.VMEM((Q_SLOTS, *tile_shape), q.dtype),
-            pltpu.VMEM((2, *tile_shape), q.dtype),
-            body.state_scratch(tile_shape),
+            body.queries.scratch(),
+            body.state_scratch(),
             pltpu.SemaphoreType.DMA((AHEAD + 1,)),
             pltpu.SemaphoreType.DMA((2,)),
-            pltpu.SemaphoreType.DMA((Q_SLOTS,)),
-            pltpu.SemaphoreType.DMA((2,)),
         ],
+        input_output_aliases={len(scalars) + 1: 0},
         compiler_params=pltpu.CompilerParams(
             disable_bounds_checks=True, vmem_limit_bytes=VMEM_LIMIT_BYTES
         ),
         interpret=False if interpret is None else interpret,
         name=KERNEL_NAMES[tiling.tile_q > 1],
     )
-    return call(*scalars, q, pool, tables).reshape(q_shape)
+    return call(*scalars, q, out, pool, tables)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,12 +154,28 @@ class _Body:
     """The kernel with its static options; called with the refs."""
 
     tiling: Tiling
+    num_tokens: int
     table_stride: int
     num_blocks: int
     scale: float
     sliding_window: int | None
     soft_cap: float | None
     dtype: Any
+
+    @property
+    def queries(self) -> Queries:
+        """How queries are read and outputs written."""
+        t = self.tiling
+        return Queries(
+            tile_q=t.tile_q,
+            num_tokens=self.num_tokens,
+            num_heads=t.num_kv_heads * t.group_size,
+            num_packs=t.num_packs,
+            packed_heads=t.packed_heads,
+            rows=t.rows,
+            row_size=t.row_size,
+            dtype=self.dtype,
+        )
 
     @property
     def upright(self) -> Upright | None:
@@ -190,23 +196,27 @@ class _Body:
             soft_cap=self.soft_cap,
         )
 
-    def state_scratch(self, tile_shape: tuple[int, ...]) -> tuple[Any, ...]:
+    def state_scratch(self) -> tuple[Any, ...]:
         """The state of an item: maxima (every lane the same), sums (that of all lanes), output."""
         if self.upright is not None:
             return self.upright.scratch()
-        state = (self.tiling.num_packs, self.tiling.rows, LANES)
-        return tuple(pltpu.VMEM(shape, jnp.float32) for shape in (state, state, tile_shape))
+        t = self.tiling
+        state = (t.num_packs, t.rows, LANES)
+        output = (t.num_packs, t.rows, t.packed_heads * t.row_size)
+        return tuple(pltpu.VMEM(shape, jnp.float32) for shape in (state, state, output))
 
     def __call__(
         self,
         # Inputs
         seq_ref,  # i32[num_items], and so on: the fields of `Items`
+        first_token_ref,
         position_ref,
         context_ref,
         first_tile_ref,
         last_tile_ref,
         num_steps_ref,  # i32[1]
-        q_ref,  # [num_items, num_packs, rows, packed_dim]
+        q_ref,  # [num_tokens, num_heads, row_size]
+        _,  # the outputs' memory
         pool_ref,  # [num_blocks, kinds, num_kv_heads, block_size, row_size]
         tables_ref,  # i32[num_seqs * table_stride, 1, LANES]
         # Outputs
@@ -214,15 +224,13 @@ class _Body:
         # Scratch
         kv_tiles,  # [AHEAD + 1, blocks, kinds, num_kv_heads, block_size, row_size]
         table_tiles,  # i32[2, 1, LANES]
-        q_tiles,  # [Q_SLOTS, num_packs, rows, packed_dim], or in pieces
-        out_tiles,  # [2, num_packs, rows, packed_dim], or in pieces
+        queries_scratch,  # see `Queries.scratch`
         state,  # see `state_scratch`
         kv_arrived,
         table_arrived,
-        q_arrived,
-        out_left,
     ):
         t = self.tiling
+        queries = self.queries.bind(q_ref, out_ref, queries_scratch)
         upright = self.upright
         num_items = seq_ref.shape[0]
         num_steps = num_steps_ref[0]
@@ -245,13 +253,8 @@ class _Body:
                 tables_ref.at[row], table_tiles.at[slot], table_arrived.at[slot]
             )
 
-        def q_copy(item):
-            slot = item & (Q_SLOTS - 1)
-            return pltpu.make_async_copy(q_ref.at[item], q_tiles.at[slot], q_arrived.at[slot])
-
-        def out_copy(item):
-            slot = item & 1
-            return pltpu.make_async_copy(out_tiles.at[slot], out_ref.at[item], out_left.at[slot])
+        def num_queries(item):
+            return context_ref[item] - position_ref[item]
 
         def blocks_of(item, tile):
             """Blocks of a tile that hold context."""
@@ -275,7 +278,7 @@ class _Body:
 
                 @pl.when(tile == first_tile_ref[item])
                 def _():
-                    q_copy(item).start()
+                    queries.start_read(item, first_token_ref[item], num_queries(item))
 
         def start_table(step, item, tile):
             @pl.when(step < num_steps)
@@ -313,7 +316,7 @@ class _Body:
         def wait_for_step(kv_slot, item, tile):
             @pl.when(tile == first_tile_ref[item])
             def _():
-                q_copy(item).wait()
+                queries.wait_read(item, num_queries(item))
 
             wait_for_blocks(kv_slot, item, tile)
 
@@ -349,9 +352,9 @@ class _Body:
                     wait_for_step(next_slot, *coming)
 
                 upright.attend(
-                    (item & (Q_SLOTS - 1), kv_slot),
-                    (coming[0] & (Q_SLOTS - 1), next_slot),
-                    q_tiles,
+                    (item & 1, kv_slot),
+                    (coming[0] & 1, next_slot),
+                    queries.packs,
                     kv_tiles,
                     state,
                     position_ref[item],
@@ -363,7 +366,7 @@ class _Body:
 
                 @pl.when(tile == first_tile_ref[item])
                 def _():
-                    q_copy(item).wait()
+                    queries.wait_read(item, num_queries(item))
                     max_ref, sum_ref, acc_ref = state
                     max_ref[...] = jnp.full_like(max_ref, MAX_START)
                     sum_ref[...] = jnp.zeros_like(sum_ref)
@@ -371,7 +374,7 @@ class _Body:
 
                 wait_for_blocks(kv_slot, item, tile)
                 self._attend_tile(
-                    q_tiles.at[item & (Q_SLOTS - 1)],
+                    functools.partial(queries.pack, item),
                     kv_tiles.at[kv_slot],
                     *state,
                     position_ref[item],
@@ -383,21 +386,21 @@ class _Body:
             def _():
                 @pl.when(item >= 2)
                 def _():
-                    out_copy(item - 2).wait()
+                    queries.wait_write(item - 2, num_queries(item - 2))
 
                 if upright is not None:
 
-                    @pl.loop(0, upright.num_pieces)
-                    def _(piece):
-                        out = upright.result(piece, state)
-                        out_tiles[item & 1, piece] = out.astype(out_tiles.dtype)
+                    @pl.loop(0, t.num_packs)
+                    def _(pack):
+                        for i in range(t.pieces_of_pack):
+                            out = upright.result(pack * t.pieces_of_pack + i, state)
+                            queries.put(pack, i * upright.rows, out)
                 else:
                     _, sum_ref, acc_ref = state
                     for pack in range(t.num_packs):
                         total = jnp.sum(sum_ref[pack], axis=1, keepdims=True)
-                        total = jnp.maximum(total, 1e-30)
-                        out_tiles[item & 1, pack] = (acc_ref[pack] / total).astype(out_tiles.dtype)
-                out_copy(item).start()
+                        queries.put(pack, 0, acc_ref[pack] / jnp.maximum(total, 1e-30))
+                queries.start_write(item, first_token_ref[item], num_queries(item))
 
             return (
                 coming,
@@ -423,21 +426,21 @@ class _Body:
             start_table(jnp.int32(2), *third)
             if upright is not None:
                 wait_for_step(0, *first)
-                upright.begin(q_tiles, kv_tiles, state)
+                upright.begin(queries.packs, kv_tiles, state)
             carry = (first, second, third, jnp.int32(0))
             (end_item, _), _, _, _ = lax.fori_loop(0, num_steps, step_body, carry)
-            out_copy(end_item - 1).wait()
+            queries.wait_write(end_item - 1, num_queries(end_item - 1))
 
             @pl.when(end_item >= 2)
             def _():
-                out_copy(end_item - 2).wait()
+                queries.wait_write(end_item - 2, num_queries(end_item - 2))
 
     def _attend_tile(
-        self, q_ref, kv_ref, max_ref, sum_ref, acc_ref, position, first_slot, start_some_blocks
+        self, queries_of, kv_ref, max_ref, sum_ref, acc_ref, position, first_slot, start_some_blocks
     ):
         """Folds a tile of context into the running softmax of an item (Milakov and Gimelshein)."""
         t = self.tiling
-        exact = lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
+        exact = lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
         shape = (t.rows, t.tile_kv)
         slot = first_slot + lax.broadcasted_iota(jnp.int32, shape, 1)
         row = lax.broadcasted_iota(jnp.int32, shape, 0)
@@ -449,11 +452,11 @@ class _Body:
         def heads_side_by_side(kind, pack):
             heads = range(pack * t.packed_heads, (pack + 1) * t.packed_heads)
             tiles = [kv_ref[:, kind, head].reshape(t.tile_kv, t.row_size) for head in heads]
-            return jnp.concatenate(tiles, axis=1).astype(q_ref.dtype)
+            return jnp.concatenate(tiles, axis=1).astype(self.dtype)
 
         def logits_of(pack):
             x = lax.dot_general(
-                q_ref[pack],
+                queries_of(pack),
                 heads_side_by_side(0, pack),
                 (((1,), (1,)), ((), ())),
                 preferred_element_type=jnp.float32,
@@ -474,7 +477,7 @@ class _Body:
             rescale = jnp.exp(old_max - new_max)
             max_ref[pack] = new_max
             sum_ref[pack] = sum_ref[pack] * rescale + _folded(x)
-            return x.astype(q_ref.dtype), rescale
+            return x.astype(self.dtype), rescale
 
         def add_values(pack, weights, rescale):
             values = lax.dot_general(

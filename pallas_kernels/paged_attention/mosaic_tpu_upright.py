@@ -75,16 +75,16 @@ class Upright:
         total = jnp.maximum(acc_ref[piece, self.row_size : self.row_size + 1], 1e-30)
         return (acc_ref[piece, : self.row_size] / total).T
 
-    def begin(self, q_tiles, kv_tiles, state) -> None:
+    def begin(self, packs, kv_tiles, state) -> None:
         """Makes the first logits of the first step, in slots 0."""
         keys = self._rows(kv_tiles, 0, 0, jnp.int32(0))
-        self._make_logits(keys, q_tiles[0, 0], state[2].at[0])
+        self._make_logits(keys, self._queries(packs, 0, jnp.int32(0)), state[2].at[0])
 
     def attend(
         self,
         now: tuple[Any, Any],
         coming: tuple[Any, Any],
-        q_tiles,  # [slots, num_pieces, rows, row_size]
+        packs,  # [slots, num_pieces // pieces_of_head, pieces_of_head * rows, row_size]
         kv_tiles,  # [slots, blocks, kinds, num_kv_heads, block_size, row_size]
         state,
         position: jax.Array,
@@ -96,7 +96,7 @@ class Upright:
         Args:
             now: Slots of the item's queries and of the tile.
             coming: Those of the next step.
-            q_tiles: Queries of all slots.
+            packs: Queries of all slots.
             kv_tiles: Tiles of all slots.
             state: What `scratch` says.
             position: Context index of the first query.
@@ -129,7 +129,7 @@ class Upright:
                     visible = self._visible(j + 1, last, first) if masked else None
                     self._make_logits(
                         self._rows(kv_tiles, kv_slot, 0, following),
-                        q_tiles[q_slot, following],
+                        self._queries(packs, q_slot, following),
                         logits_ref.at[(j + 1) & 1],
                         visible,
                     )
@@ -158,6 +158,14 @@ class Upright:
     @property
     def _precision(self) -> lax.Precision | None:
         return lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
+
+    def _queries(self, packs, slot, piece) -> jax.Array:
+        """Queries of a piece, [rows, row_size]."""
+        if self.pieces_of_head == 1:
+            return packs[slot, piece]
+        head = lax.div(piece, jnp.int32(self.pieces_of_head))
+        first = pl.multiple_of(piece % self.pieces_of_head * self.rows, self.rows)
+        return packs[slot, head, pl.ds(first, self.rows)]
 
     def _rows(self, kv_tiles, slot, kind, piece) -> jax.Array:
         """Keys or values of the head of a piece, [tile_kv, row_size]."""

@@ -102,13 +102,13 @@ def test_nothing_to_do():
         ({"head_dim": 80}, r"needs head_dim in \(128, 256\), .* got 80 in the split layout"),
         ({"head_dim": 64}, r"half of one in the merged layout, got 64 in the split layout"),
         ({"layout": "merged", "head_dim": 80}, "got 80 in the merged layout"),
-        ({"layout": "merged", "head_dim": 128, "num_heads": 520}, "up to 256 query heads, got 520"),
+        ({"layout": "merged", "head_dim": 128, "num_heads": 520}, "up to 128 query heads, got 520"),
         (
             {"dtype": jnp.dtype(jnp.float16)},
             "needs bfloat16, float32, int8 or float8_e4m3fn, got float16",
         ),
         ({"block_size": 8}, "needs blocks of a multiple of 16 tokens, got 8"),
-        ({"num_heads": 1040}, "takes up to 512 query heads, got 1040"),
+        ({"num_heads": 1040}, "takes up to 256 query heads, got 1040"),
         ({"num_kv_heads": 40, "num_heads": 40, "head_dim": 256, "block_size": 128}, "blocks of up"),
     ],
 )
