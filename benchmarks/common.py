@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "numpy", "torch", "transformers", "tpu-inference")
 
 
 def environment() -> dict[str, Any]:

@@ -12,6 +12,7 @@ cannot be seen in it. Nothing here was measured.
 import argparse
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,8 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import print_table
-from benchmarks.tpu_compile import BLOCK_SIZES, CHIPS
+from benchmarks.common import environment, print_table
+from benchmarks.tpu_compile import BLOCK_SIZES, CHIPS, has_tpu_inference
 
 # Clock in GHz, GB/s of a device's memory. Clocks follow from peak FLOP/s over FLOPs a cycle; those
 # of v5p and tpu7x are unsure. v5p: the whole chip's memory, of whose two cores a kernel has one.
@@ -28,17 +29,42 @@ RATES = {"v5e": (1.5, 819), "v5p": (1.75, 2765), "v6e": (1.75, 1640), "tpu7x": (
 # Bundles that run after a branch is taken.
 DELAY_SLOTS = {"v5e": 4, "v5p": 4, "v6e": 4, "tpu7x": 6}
 KV_TOKEN_BYTES = 2 * 8 * 128 * 2
-# Tokens of context an iteration covers, and how many iterations all KV heads take.
-DECODES = {f"attention_decode_{size}": (1024, 1) for size in BLOCK_SIZES} | {
-    "jax_paged_attention_16_by_32": (512, 8),
-    "jax_paged_attention_128_by_8": (1024, 8),
-    "jax_ragged_paged_attention_16_by_32": (512, 1),
-    "jax_ragged_paged_attention_128_by_8": (1024, 1),
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Walk:
+    """How a kernel walks a context: `turns` of its longest loop cover `tokens` for all heads.
+
+    Attributes:
+        tokens: Tokens of context of a tile.
+        turns: Iterations of the loop with the most products that a tile takes.
+        queries: Queries of a tile.
+        has_outer: Whether the loop around that one is also walked once a tile.
+        masked_turns: Iterations of another loop, for a tile that needs a mask.
+    """
+
+    tokens: int
+    turns: int = 1
+    queries: int = 1
+    has_outer: bool = False
+    masked_turns: int | None = None
+
+
+WALKS = {f"attention_decode_{size}": Walk(tokens=1024) for size in BLOCK_SIZES} | {
+    "jax_paged_attention_16_by_32": Walk(tokens=512, turns=8),
+    "jax_paged_attention_128_by_8": Walk(tokens=1024, turns=8),
+    "jax_ragged_paged_attention_16_by_32": Walk(tokens=512),
+    "jax_ragged_paged_attention_128_by_8": Walk(tokens=1024),
+    "tpu_inference_v3_decode_16": Walk(tokens=4096, has_outer=True),
+    "tpu_inference_v3_decode_128": Walk(tokens=4096, has_outer=True),
+    # Four of eight KV heads a turn where nothing is masked, else two.
+    "attention_chunk": Walk(tokens=512, queries=128, turns=2, has_outer=True, masked_turns=4),
+    "tpu_inference_v3_chunk": Walk(tokens=512, queries=128, has_outer=True),
 }
-# Queries and tokens of context of an iteration.
-CHUNK = ("attention_chunk", 128, 512)
-# Turns of its loop over KV heads, four in each.
-PACK_TURNS = 2
+# Turns of the other loops that an item of `attention_chunk` has: most go over KV heads, the short
+# ones over groups of tokens.
+ITEM_TURNS = {True: 8, False: 16}
+SHORT_LOOP = 100
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:[\s>]*\{", re.MULTILINE)
 _BRANCH = re.compile(r"sbr\.rel\s*(?:\([^)]*\))?\s*target bundleno = (\d+)")
@@ -107,23 +133,25 @@ def read_loops(schedule: str, utilization: str, delay_slots: int) -> list[Loop]:
     return loops
 
 
-def _chunk_cycles(loops: list[Loop], packs_loop: Loop, clock: float) -> dict[str, Any]:
-    """Cycles of a tile, whose loop over heads is `packs_loop`; and of an item's ends at most."""
-    tile_loop = min(
-        (x for x in loops if x.first < packs_loop.first and x.last > packs_loop.last),
+def tile_cycles(loops: list[Loop], walk: Walk) -> dict[str, Any]:
+    """Cycles of a tile, all bundles counted; and of the ends of an item, at most."""
+    inner, *others = sorted((x for x in loops if x.matmuls), key=lambda x: -x.matmuls)
+    found = {"tile_cycles": walk.turns * inner.own_cycles, "slot_use": inner.slot_use}
+    if not walk.has_outer:
+        return found
+    outer = min(
+        (x for x in loops if x.first < inner.first and x.last >= inner.last),
         key=lambda x: x.last - x.first,
     )
-    cycles = tile_loop.own_cycles + PACK_TURNS * packs_loop.own_cycles
-    # Loops that clear an item's state and write its output, a turn a head; waits are among them.
-    others = [x for x in loops if x.first > tile_loop.first and x.last < tile_loop.last]
-    ends = sum(x.own_cycles for x in others if x is not packs_loop)
-    # Queries of 32 heads times tokens of context times D, in QK and in PV.
-    flops = 4 * 32 * CHUNK[1] * CHUNK[2] * 128
-    return {
-        "loop_cycles": cycles,
-        "item_cycles": 8 * ends,
-        "tflops_per_s_estimated": round(flops / cycles * clock / 1e3, 1),
-    }
+    found["tile_cycles"] += outer.own_cycles
+    if walk.masked_turns is not None:
+        masked = others[0]
+        found["masked_tile_cycles"] = outer.own_cycles + walk.masked_turns * masked.own_cycles
+        within = [x for x in loops if outer.first < x.first < outer.last and not x.matmuls]
+        found["item_cycles"] = sum(
+            ITEM_TURNS[x.own_cycles >= SHORT_LOOP] * x.own_cycles for x in within
+        )
+    return found
 
 
 def estimate(chip: str, kernel: str) -> dict[str, Any]:
@@ -145,18 +173,19 @@ def estimate(chip: str, kernel: str) -> dict[str, Any]:
         )
         (utilization,) = Path(folder).glob("*pre-delay_hlo-static-per-bundle-utilization.txt")
         loops = read_loops(schedule.read_text(), utilization.read_text(), DELAY_SLOTS[chip])
-    loop = max(loops, key=lambda loop: loop.matmuls)
+    walk = WALKS[kernel]
+    result |= tile_cycles(loops, walk)
+    cycles = result["tile_cycles"]
     clock, gb_per_s = RATES[chip]
-    result |= {"loop_cycles": loop.own_cycles, "empty": loop.empty, "slot_use": loop.slot_use}
-    if kernel == CHUNK[0]:
-        return result | _chunk_cycles(loops, loop, clock)
-    tokens, iterations = DECODES[kernel]
-    cycles = loop.own_cycles * iterations / tokens
-    result |= {
+    if walk.queries > 1:
+        # Queries of 32 heads times tokens of context times D, in QK and in PV.
+        flops = 4 * 32 * walk.queries * walk.tokens * 128
+        return result | {"tflops_per_s_estimated": round(flops / cycles * clock / 1e3, 1)}
+    cycles /= walk.tokens
+    return result | {
         "cycles_per_kv_token": round(cycles, 3),
         "compute_over_dma": round(cycles / clock / (KV_TOKEN_BYTES / gb_per_s), 2),
     }
-    return result
 
 
 def main() -> None:
@@ -164,8 +193,14 @@ def main() -> None:
     parser.add_argument("--chips", nargs="*", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     arguments = parser.parse_args()
-    rows = [estimate(chip, kernel) for kernel in (*DECODES, CHUNK[0]) for chip in arguments.chips]
-    keys = ("kernel", "chip", "cycles_per_kv_token", "compute_over_dma", "loop_cycles", "compile_s")
+    kernels = [name for name in WALKS if not name.startswith("tpu_inference")]
+    if has_tpu_inference():
+        kernels = list(WALKS)
+    else:
+        print("tpu-inference is not installed: its kernels are left out")
+    rows = [estimate(chip, kernel) for kernel in kernels for chip in arguments.chips]
+    keys = ("kernel", "chip", "cycles_per_kv_token", "compute_over_dma", "tile_cycles")
+    keys += ("masked_tile_cycles", "item_cycles", "compile_s")
     print_table(
         (*keys, "spills", "MATPUSH"),
         [
@@ -175,7 +210,9 @@ def main() -> None:
         ],
     )
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps({"rates": RATES, "rows": rows}, indent=1) + "\n")
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        results = {"environment": environment(), "rates": RATES, "rows": rows}
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

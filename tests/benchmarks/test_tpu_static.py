@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.tpu_static import read_loops
+from benchmarks.tpu_static import Loop, Walk, read_loops, tile_cycles
 
 SCHEDULE = """\
 = control target key start
@@ -48,3 +48,34 @@ def test_delay_slots_belong_to_the_loop():
 def test_files_of_two_compilations():
     with pytest.raises(ValueError, match="7 bundles in the schedule, 6 in the utilization"):
         read_loops(SCHEDULE, UTILIZATION.removesuffix("0 0\n"), delay_slots=0)
+
+
+def _loop(first, last, cycles, matmuls=0):
+    return Loop(
+        first=first,
+        last=last,
+        own_cycles=cycles,
+        empty=0,
+        matmuls=matmuls,
+        slot_use={"MATMUL": 0.5},
+    )
+
+
+def test_tile_has_all_bundles_of_its_loops():
+    loops = [
+        _loop(0, 900, 50),
+        _loop(100, 800, 70),
+        _loop(110, 119, 9),
+        _loop(120, 330, 200),
+        _loop(400, 500, 100, matmuls=40),
+        _loop(600, 660, 60, matmuls=20),
+        _loop(850, 860, 10),
+    ]
+    assert tile_cycles(loops, Walk(tokens=8))["tile_cycles"] == 100
+    walk = Walk(tokens=8, turns=2, has_outer=True, masked_turns=4)
+    assert tile_cycles(loops, walk) == {
+        "tile_cycles": 70 + 2 * 100,
+        "masked_tile_cycles": 70 + 4 * 60,
+        "item_cycles": 8 * 200 + 16 * 9,
+        "slot_use": {"MATMUL": 0.5},
+    }
