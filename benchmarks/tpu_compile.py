@@ -123,6 +123,7 @@ def problems() -> Iterator[Problem]:
                 make=_write_kv,
                 args=(pool, rows, rows, ((num_tokens,), "int32")),
                 donated=0,
+                kernel="jpaged_write_kv.1",
             )
         ids = ((16,), "int32")
         yield Problem(

@@ -12,7 +12,6 @@ cannot be seen in it. Nothing here was measured.
 import argparse
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import environment, print_table
-from benchmarks.tpu_compile import BLOCK_SIZES, CHIPS, has_tpu_inference
+from benchmarks.tpu_compile import BLOCK_SIZES, CHIPS, has_tpu_inference, prepare
 
 # Clock in GHz, GB/s of a device's memory. Clocks follow from peak FLOP/s over FLOPs a cycle; those
 # of v5p and tpu7x are unsure. v5p: the whole chip's memory, of whose two cores a kernel has one.
@@ -210,7 +209,7 @@ def main() -> None:
         ],
     )
     if arguments.out is not None:
-        os.environ["JAX_PLATFORMS"] = "cpu"
+        prepare(arguments.chips[0])
         results = {"environment": environment(), "rates": RATES, "rows": rows}
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -55,9 +55,17 @@ def write_kv(
     windows = slots // rows
     is_first = (windows != jnp.roll(windows, 1).at[0].set(-1)) & (slots < out)
     starts = jnp.nonzero(is_first, size=num_tokens + 1, fill_value=jnp.sum(slots < out))[0]
-    # A token's rows, each its own tile, so that they are spread over a window's without a relayout.
-    kv = rows_of(k, v, KVCacheSpec.of(pool).layout)
-    kv = kv.astype(jnp.float32)[:, :, :, None]
+    # Which windows are written whole, in the order of the tokens: a prompt's, most of them.
+    is_next = (jnp.diff(token) == 1) & (jnp.diff(slots) == 1)
+    count = jnp.cumsum(is_next, dtype=jnp.int32)
+    before = jnp.concatenate([jnp.zeros(1, jnp.int32), count])
+    last = jnp.minimum(starts + rows - 1, num_tokens - 1)
+    is_whole = (before[last] - before[jnp.minimum(starts, num_tokens - 1)]) == rows - 1
+    is_whole &= jnp.concatenate([jnp.diff(starts), jnp.zeros(1, starts.dtype)]) == rows
+    # As tokens lie in XLA. Elements of 8 bits are exact in 16 and need no tiles of their own.
+    dtype = jnp.float32 if pool.dtype == jnp.float32 else jnp.bfloat16
+    kv = rows_of(k, v, KVCacheSpec.of(pool).layout).astype(dtype)
+    kv = kv.reshape(num_tokens, kinds * num_kv_heads, row_size)
 
     def body(*refs):
         _write(*refs, rows=rows, windows_per_block=block_size // rows)
@@ -66,17 +74,18 @@ def write_kv(
     return pl.pallas_call(
         body,
         out_shape=jax.ShapeDtypeStruct(pool.shape, pool.dtype),
-        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * 4
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * 5
         + [pl.BlockSpec(memory_space=pl.ANY)] * 2,
         out_specs=pl.BlockSpec(memory_space=pl.ANY),
         scratch_shapes=[
             pltpu.VMEM((BATCH, *window_shape), pool.dtype),
-            pltpu.VMEM((BATCH, rows, *kv.shape[1:]), jnp.float32),
+            pltpu.VMEM((BATCH, rows, *kv.shape[1:]), dtype),
+            pltpu.VMEM(kv.shape[1:], jnp.float32),
             pltpu.SemaphoreType.DMA,
             pltpu.SemaphoreType.DMA,
             pltpu.SemaphoreType.DMA,
         ],
-        input_output_aliases={5: 0},
+        input_output_aliases={6: 0},
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=2 * VMEM_BYTES),
         interpret=False if interpret is None else interpret,
         name="jpaged_write_kv",
@@ -84,6 +93,7 @@ def write_kv(
         token,
         slots.astype(jnp.int32),
         starts.astype(jnp.int32),
+        is_whole.astype(jnp.int32),
         jnp.sum(is_first, dtype=jnp.int32)[None],
         kv,
         pool,
@@ -95,14 +105,16 @@ def _write(
     token_ref,  # i32[num_tokens]: tokens in the order of their slots
     slot_ref,  # i32[num_tokens]: and their slots
     start_ref,  # i32[num_tokens + 1]: where each window begins in that order
+    is_whole_ref,  # i32[num_tokens + 1]: whether its rows are those of consecutive tokens
     num_windows_ref,  # i32[1]
-    kv_ref,  # f32[num_tokens, kinds, num_kv_heads, 1, row_size]
+    kv_ref,  # [num_tokens, kinds * num_kv_heads, row_size]
     _,  # the pool, which the output is
     # Outputs
     pool_ref,  # [num_blocks, kinds, num_kv_heads, block_size, row_size]
     # Scratch
     windows,  # [BATCH, kinds, num_kv_heads, rows, row_size]
-    new_rows,  # f32[BATCH, rows, kinds, num_kv_heads, 1, row_size]
+    new_rows,  # [BATCH, rows, kinds * num_kv_heads, row_size]
+    wide,  # f32[kinds * num_kv_heads, row_size]
     window_arrived,
     row_arrived,
     window_left,
@@ -131,6 +143,32 @@ def _write(
             kv_ref.at[token_ref[position]], new_rows.at[n, offset], row_arrived
         )
 
+    def for_each_copy(i, n, act):
+        """Calls `act` with the copies that bring a window's rows, the old ones where any stay."""
+        has_whole = kv_ref.shape[0] >= rows
+        is_whole = (is_whole_ref[i] != 0) if has_whole else jnp.bool_(False)
+        if has_whole:
+
+            @pl.when(is_whole)
+            def _():
+                first = token_ref[start_ref[i]]
+                act(
+                    pltpu.make_async_copy(
+                        kv_ref.at[pl.ds(first, rows)], new_rows.at[n], row_arrived
+                    )
+                )
+
+        @pl.when(~is_whole)
+        def _():
+            act(copy_in(i, n))
+
+            def copy(position):
+                @pl.when(is_last_of_its_slot(position, start_ref[i + 1]))
+                def _():
+                    act(copy_row(position, n))
+
+            for_each_row(i, copy)
+
     def for_each_row(i, act):
         pl.loop(start_ref[i], start_ref[i + 1])(act)
 
@@ -145,34 +183,25 @@ def _write(
 
         @pl.loop(0, count)
         def _(n):
-            copy_in(first + n, n).start()
-
-            def start(position):
-                @pl.when(is_last_of_its_slot(position, start_ref[first + n + 1]))
-                def _():
-                    copy_row(position, n).start()
-
-            for_each_row(first + n, start)
+            for_each_copy(first + n, n, lambda copy: copy.start())
 
         @pl.loop(0, count)
         def _(n):
-            copy_in(first + n, n).wait()
-
-            def wait(position):
-                @pl.when(is_last_of_its_slot(position, start_ref[first + n + 1]))
-                def _():
-                    copy_row(position, n).wait()
-
-            for_each_row(first + n, wait)
+            for_each_copy(first + n, n, lambda copy: copy.wait())
 
         @pl.loop(0, count)
         def _(n):
             def put(position):
                 offset = lax.rem(slot_ref[position], jnp.int32(rows))
-                old = windows[n].astype(jnp.float32)
-                row = lax.broadcasted_iota(jnp.int32, old.shape, 2)
-                new = jnp.broadcast_to(new_rows[n, offset], old.shape)
-                windows[n] = jnp.where(row == offset, new, old).astype(windows.dtype)
+                # A load spreads one row of 32 bits over a register.
+                wide[...] = new_rows[n, offset].astype(jnp.float32)
+                shape = windows.shape[-2:]
+                is_new = lax.broadcasted_iota(jnp.int32, shape, 0) == offset
+                for i in range(wide.shape[0]):
+                    kind, head = divmod(i, windows.shape[2])
+                    old = windows[n, kind, head].astype(jnp.float32)
+                    new = jnp.broadcast_to(wide[pl.ds(i, 1)], shape)
+                    windows[n, kind, head] = jnp.where(is_new, new, old).astype(windows.dtype)
 
             for_each_row(first + n, put)
             copy_out(first + n, n).start()

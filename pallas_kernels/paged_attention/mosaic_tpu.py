@@ -113,11 +113,12 @@ def paged_attention(
     tile_qs = [1]
     if max_query_len != 1 and num_tokens > 1:
         tile_qs.append(chunk_tile_q(num_heads, spec.num_kv_heads, spec.row_size, max_query_len))
-    out = jnp.zeros_like(q)
+    # What is of no sequence stays as it is.
+    is_token = jnp.arange(num_tokens) < query_start_loc[-1]
+    out = jnp.where(is_token[:, None, None], q, jnp.zeros_like(q))
     for tile_q in tile_qs:
         tiling = tiling_of(tile_q=tile_q)
         out = mosaic_tpu_kernel.attend(
-            q,
             out,
             pool,
             tables,

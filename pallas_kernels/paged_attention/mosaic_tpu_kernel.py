@@ -87,7 +87,6 @@ class Items:
 
 def attend(
     q: jax.Array,
-    out: jax.Array,
     pool: jax.Array,
     tables: jax.Array,
     items: Items,
@@ -99,11 +98,10 @@ def attend(
     soft_cap: float | None,
     interpret: Any = None,
 ) -> jax.Array:
-    """Attention of the queries of each item, written into `out`.
+    """Attention of the queries of each item, written over them; rows of no item stay.
 
     Args:
         q: Queries, [num_tokens, num_heads, row_size].
-        out: Of the same shape; rows of no item stay.
         pool: The block pool.
         tables: Block ids, i32[num_seqs * table_stride, 1, LANES].
         items: What to compute.
@@ -129,7 +127,7 @@ def attend(
         body,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(scalars)
-        + [pl.BlockSpec(memory_space=pl.ANY)] * 4,
+        + [pl.BlockSpec(memory_space=pl.ANY)] * 3,
         out_specs=pl.BlockSpec(memory_space=pl.ANY),
         scratch_shapes=[
             pltpu.VMEM((AHEAD + 1, tiling.blocks, *pool.shape[1:]), pool.dtype),
@@ -139,14 +137,14 @@ def attend(
             pltpu.SemaphoreType.DMA((AHEAD + 1,)),
             pltpu.SemaphoreType.DMA((2,)),
         ],
-        input_output_aliases={len(scalars) + 1: 0},
+        input_output_aliases={len(scalars): 0},
         compiler_params=pltpu.CompilerParams(
             disable_bounds_checks=True, vmem_limit_bytes=VMEM_LIMIT_BYTES
         ),
         interpret=False if interpret is None else interpret,
         name=KERNEL_NAMES[tiling.tile_q > 1],
     )
-    return call(*scalars, q, out, pool, tables)
+    return call(*scalars, q, pool, tables)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,11 +214,10 @@ class _Body:
         last_tile_ref,
         num_steps_ref,  # i32[1]
         q_ref,  # [num_tokens, num_heads, row_size]
-        _,  # the outputs' memory
         pool_ref,  # [num_blocks, kinds, num_kv_heads, block_size, row_size]
         tables_ref,  # i32[num_seqs * table_stride, 1, LANES]
         # Outputs
-        out_ref,  # as q_ref
+        out_ref,  # q_ref's memory: an item's tokens are read before they are written
         # Scratch
         kv_tiles,  # [AHEAD + 1, blocks, kinds, num_kv_heads, block_size, row_size]
         table_tiles,  # i32[2, 1, LANES]

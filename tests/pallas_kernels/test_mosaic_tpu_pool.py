@@ -60,6 +60,19 @@ def test_write_kv_with_more_windows_than_a_batch_in_any_order():
     _check_write(2, 64, "bfloat16", list(slots))
 
 
+@pytest.mark.parametrize(
+    "slots",
+    [
+        # Windows of 16 written whole, from a token in the middle on, beside some that are not.
+        [5, *range(28, 70), 3],
+        # Sixteen tokens of a window in another order, with one slot twice, in two parts.
+        [*reversed(range(32, 48)), *range(16, 31), 20, *range(56, 64), *range(48, 56)],
+    ],
+)
+def test_write_kv_of_prompts(slots):
+    _check_write(2, 32, "bfloat16", slots)
+
+
 def test_write_kv_keeps_the_later_of_two_tokens_with_one_slot():
     _check_write(1, 16, "bfloat16", [20, 33, 20])
 
