@@ -26,6 +26,9 @@ CHIPS = {
     "tpu7x": ("tpu7x:2x2x1", "tpu7x-8"),
 }
 BLOCK_SIZES = (16, 32, 64, 128)
+# Tokens of a decode's tile; rows of logits of a KV head, and tokens of context, of a chunk's.
+DECODE_TILES = (256, 512, 1024, 2048)
+CHUNK_TILES = ((256, 512), (512, 256), (512, 512), (512, 1024), (1024, 512))
 _TPU_INFERENCE = "tpu_inference.kernels.ragged_paged_attention.v3.kernel"
 # Schedules that tell cycles, and no other of some seventy passes.
 _PASSES = ".*(final|packed-bundles-post-ra|delay).*"
@@ -42,9 +45,11 @@ class Problem:
     kernel: str = "jpaged_attention_decode.1"
 
 
-def _attention(**options: Any) -> Callable:
+def _attention(*, sizes: dict[str, int] | None = None, **options: Any) -> Callable:
     from jpaged.pallas_kernels.paged_attention import mosaic_tpu
 
+    if sizes is not None:
+        options["sizes"] = mosaic_tpu.TileSizes(**sizes)
     return functools.partial(mosaic_tpu.paged_attention, scale=0.1, **options)
 
 
@@ -132,6 +137,27 @@ def problems() -> Iterator[Problem]:
 
     yield from _eight_bits()
     yield from _smollm2_135m()
+
+
+def tile_sizes() -> Iterator[Problem]:
+    """`attention_decode_32` and `attention_chunk` in tiles of other sizes than ours."""
+    for tokens in DECODE_TILES:
+        yield _attention_problem(
+            f"attention_decode_32_tile_{tokens}",
+            block_size=32,
+            max_query_len=1,
+            sizes={"kv_bytes": tokens * 4096},
+        )
+    for rows, tokens in CHUNK_TILES:
+        sizes = {"chunk_rows": rows, "chunk_tokens": tokens, "chunk_elements": rows * 8 * 128}
+        chunk = _attention_problem(
+            f"attention_chunk_tile_{rows}x{tokens}",
+            num_tokens=2048,
+            num_seqs=1,
+            max_blocks=512,
+            sizes=sizes,
+        )
+        yield dataclasses.replace(chunk, kernel="jpaged_attention_chunks.1")
 
 
 def _eight_bits() -> Iterator[Problem]:
@@ -359,7 +385,7 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = list(problems())
     if arguments.only:
-        chosen = [p for p in (*chosen, *peers()) if p.name in arguments.only]
+        chosen = [p for p in (*chosen, *tile_sizes(), *peers()) if p.name in arguments.only]
     if arguments.dump and len(chosen) != 1:
         parser.error("--dump needs --only with one known name")
     prepare(arguments.chip, arguments.dump, chosen[0].kernel if arguments.dump else "")

@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import environment, print_table
-from benchmarks.tpu_compile import BLOCK_SIZES, CHIPS, has_tpu_inference, prepare
+from benchmarks.tpu_compile import (
+    BLOCK_SIZES,
+    CHIPS,
+    CHUNK_TILES,
+    DECODE_TILES,
+    has_tpu_inference,
+    prepare,
+)
 
 # Clock in GHz, GB/s of a device's memory. Clocks follow from peak FLOP/s over FLOPs a cycle; those
 # of v5p and tpu7x are unsure. v5p: the whole chip's memory, of whose two cores a kernel has one.
@@ -40,6 +47,7 @@ class Walk:
         queries: Queries of a tile.
         has_outer: Whether the loop around that one is also walked once a tile.
         masked_turns: Iterations of another loop, for a tile that needs a mask.
+        token_bytes: K and V of a token.
     """
 
     tokens: int
@@ -47,6 +55,7 @@ class Walk:
     queries: int = 1
     has_outer: bool = False
     masked_turns: int | None = None
+    token_bytes: int = KV_TOKEN_BYTES
 
 
 WALKS = {f"attention_decode_{size}": Walk(tokens=1024) for size in BLOCK_SIZES} | {
@@ -59,6 +68,17 @@ WALKS = {f"attention_decode_{size}": Walk(tokens=1024) for size in BLOCK_SIZES} 
     # Four of eight KV heads a turn where nothing is masked, else two.
     "attention_chunk": Walk(tokens=512, queries=128, turns=2, has_outer=True, masked_turns=4),
     "tpu_inference_v3_chunk": Walk(tokens=512, queries=128, has_outer=True),
+}
+WALKS |= {f"attention_decode_32_tile_{n}": Walk(tokens=n) for n in DECODE_TILES}
+WALKS |= {
+    f"attention_chunk_tile_{rows}x{tokens}": dataclasses.replace(
+        WALKS["attention_chunk"], queries=rows // 4, tokens=tokens
+    )
+    for rows, tokens in CHUNK_TILES
+}
+WALKS |= {
+    f"attention_decode_32_{dtype}": Walk(tokens=2048, token_bytes=KV_TOKEN_BYTES // 2)
+    for dtype in ("int8", "fp8")
 }
 # Turns of the other loops that an item of `attention_chunk` has: most go over KV heads, the short
 # ones over groups of tokens.
@@ -183,7 +203,7 @@ def estimate(chip: str, kernel: str) -> dict[str, Any]:
     cycles /= walk.tokens
     return result | {
         "cycles_per_kv_token": round(cycles, 3),
-        "compute_over_dma": round(cycles / clock / (KV_TOKEN_BYTES / gb_per_s), 2),
+        "compute_over_dma": round(cycles / clock / (walk.token_bytes / gb_per_s), 2),
     }
 
 

@@ -5,7 +5,7 @@ Decodes and chunks go through the same kernel, with different tiles. The layout 
 change: a block is one contiguous DMA, and the rows of a head in it are whole TPU tiles.
 """
 
-import functools
+import dataclasses
 from typing import Any
 
 import jax
@@ -17,27 +17,39 @@ from jpaged.pallas_kernels.mosaic_tpu import LANES, SUBLANES, pool_reasons
 from jpaged.pallas_kernels.paged_attention import mosaic_tpu_kernel
 from jpaged.pallas_kernels.paged_attention.mosaic_tpu_kernel import Items, Tiling
 
-# Context of a tile, in bytes of K and V. Three tiles are held.
-TILE_BYTES = 4 * 2**20
-# Rows of logits a chunk's tile has for a KV head: queries times query heads.
-CHUNK_ROWS = 512
-# Elements of all queries of a chunk's tile: four tiles of them, and three f32 states, are in VMEM.
-CHUNK_ELEMENTS = 4096 * 128
 # Queries of a chunk's tile, at least: whole registers of a head's, in 16 bits.
 LEAST_CHUNK = 2 * SUBLANES
-# Context of a chunk's tile in tokens. By the static schedule on v6e a query takes two thirds of
-# the cycles it takes in tiles of 128 rows.
-CHUNK_TILE_KV = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TileSizes:
+    """Sizes of tiles; by the static schedules the same ones serve all generations.
+
+    Attributes:
+        kv_bytes: Context of a tile in bytes of K and V. Three tiles are held.
+        chunk_rows: Rows of logits that a chunk's tile has for a KV head: queries times query heads.
+        chunk_elements: Elements of all queries of a chunk's tile, at most: VMEM holds some twelve
+            times as many.
+        chunk_tokens: Tokens of context of a chunk's tile, at most.
+    """
+
+    kv_bytes: int = 4 * 2**20
+    chunk_rows: int = 512
+    chunk_elements: int = 4096 * 128
+    chunk_tokens: int = 512
+
+
+SIZES = TileSizes()
 
 
 def unsupported_reasons(num_heads: int, spec: KVCacheSpec) -> list[str]:
     """Why the kernel cannot serve a problem on a TPU; empty if it can."""
     reasons = pool_reasons(spec)
-    if num_heads * spec.row_size * LEAST_CHUNK > CHUNK_ELEMENTS:
-        most = CHUNK_ELEMENTS // (LEAST_CHUNK * spec.row_size)
+    if num_heads * spec.row_size * LEAST_CHUNK > SIZES.chunk_elements:
+        most = SIZES.chunk_elements // (LEAST_CHUNK * spec.row_size)
         reasons.append(f"takes up to {most} query heads, got {num_heads}")
-    if spec.block_bytes > TILE_BYTES:
-        reasons.append(f"takes blocks of up to {TILE_BYTES} bytes, got {spec.block_bytes}")
+    if spec.block_bytes > SIZES.kv_bytes:
+        reasons.append(f"takes blocks of up to {SIZES.kv_bytes} bytes, got {spec.block_bytes}")
     return reasons
 
 
@@ -46,7 +58,7 @@ def choose_tiling(
     tile_q: int,
     num_heads: int,
     spec: KVCacheSpec,
-    tile_bytes: int = TILE_BYTES,
+    sizes: TileSizes = SIZES,
 ) -> Tiling:
     """How the kernel walks a problem; `tile_q` is 1 for decodes, else a power of two."""
     num_kv_heads, block_size = spec.num_kv_heads, spec.block_size
@@ -58,9 +70,9 @@ def choose_tiling(
         if num_kv_heads % n == 0 and (n == 1 or n * tile_q * group_size <= SUBLANES)
     )
     token_bytes = spec.kinds * num_kv_heads * max(spec.row_size, LANES) * spec.dtype.itemsize
-    most = tile_bytes // token_bytes
+    most = sizes.kv_bytes // token_bytes
     if tile_q > 1:
-        most = min(most, CHUNK_TILE_KV)
+        most = min(most, sizes.chunk_tokens)
     blocks = min(LANES, max(1, most // block_size))
     return Tiling(
         tile_q=tile_q,
@@ -74,10 +86,11 @@ def choose_tiling(
 
 
 def chunk_tile_q(
-    num_heads: int, num_kv_heads: int, row_size: int, max_query_len: int | None
+    num_heads: int, spec: KVCacheSpec, max_query_len: int | None, sizes: TileSizes = SIZES
 ) -> int:
     """Queries of a chunk's tile: a power of two, at least `LEAST_CHUNK`."""
-    most = min(CHUNK_ROWS * num_kv_heads // num_heads, CHUNK_ELEMENTS // (num_heads * row_size))
+    most = sizes.chunk_rows * spec.num_kv_heads // num_heads
+    most = min(most, sizes.chunk_elements // (num_heads * spec.row_size))
     if max_query_len is not None:
         most = min(most, 1 << (max_query_len - 1).bit_length())
     return 1 << (max(LEAST_CHUNK, most).bit_length() - 1)
@@ -95,29 +108,26 @@ def paged_attention(
     soft_cap: float | None = None,
     max_query_len: int | None = None,
     interpret: Any = None,
-    tile_bytes: int = TILE_BYTES,
+    sizes: TileSizes = SIZES,
 ) -> Float[Array, "num_tokens num_heads head_dim"]:
     """See `jpaged.pallas_kernels.paged_attention`.
 
-    For tests, `interpret` takes `pltpu.InterpretParams`, and `tile_bytes` makes tiles small.
+    For tests, `interpret` takes `pltpu.InterpretParams`, and `sizes` makes tiles small.
     """
     num_tokens, num_heads, head_dim = q.shape
     spec = KVCacheSpec.of(pool)
-    tiling_of = functools.partial(
-        choose_tiling, num_heads=num_heads, spec=spec, tile_bytes=tile_bytes
-    )
     # In the merged layout a row is [K, V]: queries with zeros beside them see K only, and of what
     # weights make of whole rows V is the last part.
     q = jnp.pad(q, ((0, 0), (0, 0), (0, spec.row_size - head_dim)))
     tables = _table_rows(block_tables)
     tile_qs = [1]
     if max_query_len != 1 and num_tokens > 1:
-        tile_qs.append(chunk_tile_q(num_heads, spec.num_kv_heads, spec.row_size, max_query_len))
+        tile_qs.append(chunk_tile_q(num_heads, spec, max_query_len, sizes))
     # What is of no sequence stays as it is.
     is_token = jnp.arange(num_tokens) < query_start_loc[-1]
     out = jnp.where(is_token[:, None, None], q, jnp.zeros_like(q))
     for tile_q in tile_qs:
-        tiling = tiling_of(tile_q=tile_q)
+        tiling = choose_tiling(tile_q=tile_q, num_heads=num_heads, spec=spec, sizes=sizes)
         out = mosaic_tpu_kernel.attend(
             out,
             pool,

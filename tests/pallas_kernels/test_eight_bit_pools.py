@@ -172,10 +172,8 @@ def test_the_tpu_kernel_equals_the_reference(dtype):
     options = {"scale": scale, "sliding_window": case.sliding_window}
     exact = arrays | {"q": arrays["q"].astype(jnp.float32)}
     expected = reference.paged_attention(**exact, **options)
-    tile_bytes = 2 * KVCacheSpec.of(arrays["pool"]).block_bytes
-    out = mosaic_tpu.paged_attention(
-        **arrays, **options, tile_bytes=tile_bytes, interpret=tpu_interpreter()
-    )
+    sizes = mosaic_tpu.TileSizes(kv_bytes=2 * KVCacheSpec.of(arrays["pool"]).block_bytes)
+    out = mosaic_tpu.paged_attention(**arrays, **options, sizes=sizes, interpret=tpu_interpreter())
     assert_no_races()
     # Elements of an int8 pool are thirty times as large as what tolerances are for.
     unit = 30 if dtype == INT8 else 1

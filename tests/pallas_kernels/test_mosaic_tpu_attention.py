@@ -31,7 +31,7 @@ def _run(case, dtype, **options):
     out = mosaic_tpu.paged_attention(
         **arrays,
         **options,
-        tile_bytes=max(TILE_TOKENS, case.block_size) * token_bytes,
+        sizes=mosaic_tpu.TileSizes(kv_bytes=max(TILE_TOKENS, case.block_size) * token_bytes),
         interpret=tpu_interpreter(),
     )
     assert_no_races()
