@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jpaged.models.sharding import RowShare
 from jpaged.sampling_params import GREEDY_EPSILON
 from jpaged.sampling_rows import Column
 from jpaged.structured_outputs import mask_width
@@ -200,25 +201,38 @@ def init_row(
 
 
 def sample(
-    logits: jax.Array, inputs: SamplingInputs, state: SamplerState, *, max_logprobs: int
+    logits: jax.Array,
+    inputs: SamplingInputs,
+    state: SamplerState,
+    *,
+    max_logprobs: int,
+    share: RowShare | None = None,
 ) -> tuple[SamplerOutput, SamplerState]:
     """Returns one token a row, and the state with these tokens counted and stored.
 
     Args:
-        logits: f32[S, V].
+        logits: f32[S, V]; with a share its rows only.
         inputs: the step's S rows.
         state: donate it.
         max_logprobs: static; width of the top logprobs, 0 to compute no logprobs.
+        share: the rows that this device samples, if not all.
     """
-    logits = logits.astype(jnp.float32)
+    own = inputs if share is None else share.of(inputs)
+    output = _choose(logits.astype(jnp.float32), own, state, max_logprobs)
+    if share is not None:
+        output = share.gathered(output)
+    counted_rows = jnp.where(_penalised(inputs), inputs.rows, state.last_tokens.shape[0])
+    counts = state.output_counts.at[counted_rows, output.tokens].add(1, mode="drop")
+    return output, dataclasses.replace(_stored(output.tokens, inputs, state), output_counts=counts)
+
+
+def _choose(
+    logits: jax.Array, inputs: SamplingInputs, state: SamplerState, max_logprobs: int
+) -> SamplerOutput:
     biased = inputs.samples & inputs.has_bias
     masked = inputs.samples & inputs.has_mask
     bans = _active_bans(inputs)
-    penalised = inputs.samples & (
-        (inputs.presence_penalty != 0.0)
-        | (inputs.frequency_penalty != 0.0)
-        | (inputs.repetition_penalty != 1.0)
-    )
+    penalised = _penalised(inputs)
     random = inputs.samples & (inputs.temperature >= GREEDY_EPSILON)
 
     def process(logits: jax.Array) -> jax.Array:
@@ -234,28 +248,22 @@ def sample(
     processed = biased.any() | masked.any() | bans.any() | penalised.any()
     tokens = lax.cond(processed, lambda x: choose(process(x)), choose, logits)
 
-    num_rows = state.last_tokens.shape[0]
-    sampled_rows = jnp.where(inputs.samples, inputs.rows, num_rows)  # past the end: dropped
-    counted_rows = jnp.where(penalised, inputs.rows, num_rows)
-    state = dataclasses.replace(
-        state,
-        last_tokens=state.last_tokens.at[sampled_rows].set(tokens, mode="drop"),
-        output_counts=state.output_counts.at[counted_rows, tokens].add(1, mode="drop"),
-    )
     num_logprobs = jnp.where(inputs.samples, inputs.num_logprobs, -1)
     found = _logprobs_if_asked(logits, tokens, num_logprobs, max_logprobs)
-    output = SamplerOutput(
+    return SamplerOutput(
         tokens=tokens,
         logprobs=found.logprobs,
         ranks=found.ranks,
         top_token_ids=found.top_token_ids,
         top_logprobs=found.top_logprobs,
     )
-    return output, state
 
 
 def sample_plain(
-    logits: jax.Array, inputs: SamplingInputs, state: SamplerState
+    logits: jax.Array,
+    inputs: SamplingInputs,
+    state: SamplerState,
+    share: RowShare | None = None,
 ) -> tuple[jax.Array, SamplerState]:
     """Returns one token a row, i32[S], and the state with them stored.
 
@@ -263,19 +271,27 @@ def sample_plain(
     from all of them and ask for nothing else (`RequestSampling.is_plain`).
 
     Args:
-        logits: f32[S, V].
+        logits: f32[S, V]; with a share its rows only.
         inputs: the step's S rows.
         state: donate it.
+        share: the rows that this device samples, if not all.
     """
     x = logits.astype(jnp.float32)
-    random = inputs.samples & (inputs.temperature >= GREEDY_EPSILON)
-    weights = all_weights(x, jnp.where(random, inputs.temperature, 1.0))
-    drawn = draw(weights, uniforms(inputs.seed, inputs.seq_index, inputs.position))
+    own = inputs if share is None else share.of(inputs)
+    random = own.samples & (own.temperature >= GREEDY_EPSILON)
+    weights = all_weights(x, jnp.where(random, own.temperature, 1.0))
+    drawn = draw(weights, uniforms(own.seed, own.seq_index, own.position))
     tokens = jnp.where(random, drawn, argmax(x))
+    if share is not None:
+        tokens = share.gathered(tokens)
+    return tokens, _stored(tokens, inputs, state)
+
+
+def _stored(tokens: jax.Array, inputs: SamplingInputs, state: SamplerState) -> SamplerState:
     num_rows = state.last_tokens.shape[0]
     sampled_rows = jnp.where(inputs.samples, inputs.rows, num_rows)  # past the end: dropped
     last_tokens = state.last_tokens.at[sampled_rows].set(tokens, mode="drop")
-    return tokens, dataclasses.replace(state, last_tokens=last_tokens)
+    return dataclasses.replace(state, last_tokens=last_tokens)
 
 
 def token_logprobs(logits: jax.Array, token_ids: jax.Array, *, max_logprobs: int) -> TokenLogprobs:
@@ -292,6 +308,15 @@ def token_logprobs(logits: jax.Array, token_ids: jax.Array, *, max_logprobs: int
 
 def _if_any(flags: jax.Array, function, x: jax.Array) -> jax.Array:
     return lax.cond(flags.any(), function, lambda x: x, x)
+
+
+def _penalised(inputs: SamplingInputs) -> jax.Array:
+    """Returns bool[S]: which rows have a penalty."""
+    return inputs.samples & (
+        (inputs.presence_penalty != 0.0)
+        | (inputs.frequency_penalty != 0.0)
+        | (inputs.repetition_penalty != 1.0)
+    )
 
 
 def _active_bans(inputs: SamplingInputs) -> jax.Array:

@@ -179,11 +179,15 @@ class StepFunction:
             arrays.ban_tokens,
             arrays.ban_if_last,
         )
-        logits = self._model.logits(params, hidden[last])
+        # Logits are too large to be sent to all devices: each samples some of the rows.
+        share = self._model.row_share(shape.num_seqs)
+        logits = self._model.logits(params, hidden[last], share)
         if shape.plain:
-            tokens, state = sampler.sample_plain(logits, inputs, state)
+            tokens, state = sampler.sample_plain(logits, inputs, state, share)
             return pools, state, {"tokens": tokens}
-        sampled, state = sampler.sample(logits, inputs, state, max_logprobs=self._max_logprobs)
+        sampled, state = sampler.sample(
+            logits, inputs, state, max_logprobs=self._max_logprobs, share=share
+        )
         outputs: dict[str, Any] = {"tokens": sampled.tokens, "sampled": sampled}
         if self._max_logprobs and not shape.decode_only:
             outputs["prompt"] = self._prompt_logprobs(params, hidden, arrays.next_token_ids)

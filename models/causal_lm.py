@@ -84,15 +84,33 @@ class CausalLM:
         model = nnx.merge(self._graphdef, state)
         return model(token_ids, positions, pools, metadata)
 
+    def row_share(self, num_rows: int) -> sharding.RowShare | None:
+        """The rows that a device of several should sample; None: all of them."""
+        if self._axis is None or num_rows % self.tensor_parallel_size:
+            return None
+        return sharding.RowShare(self._axis, num_rows // self.tensor_parallel_size)
+
     def logits(
-        self, params: Params, hidden: Float[Array, "num_rows hidden_size"]
+        self,
+        params: Params,
+        hidden: Float[Array, "num_rows hidden_size"],
+        share: sharding.RowShare | None = None,
     ) -> Float[Array, "num_rows vocab_size"]:
-        """Returns f32 logits of the given rows of the stream, over the whole vocabulary."""
+        """Returns f32 logits of the given rows of the stream, or a share of them, over all tokens.
+
+        Args:
+            params: The parameters.
+            hidden: Rows of the stream.
+            share: What of them this device is to have, from `row_share`; None: all.
+        """
         head = params["embed_tokens" if self.config.tie_word_embeddings else "lm_head"]
         logits = self._family.project(hidden, head["weight"])
         if self._axis is None:
             return logits
-        whole = jax.lax.all_gather(logits, self._axis, axis=1, tiled=True)
+        if share is not None:
+            whole = share.exchanged(logits)
+        else:
+            whole = jax.lax.all_gather(logits, self._axis, axis=1, tiled=True)
         return whole[:, : self.config.vocab_size]
 
 

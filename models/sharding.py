@@ -122,3 +122,33 @@ def placements(
             start = device * shares // size * share
             yield name, start, start + share, place
             place += share
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShare:
+    """Rows that a device works on of those that all have, for use inside a `shard_map`.
+
+    Attributes:
+        axis: The mesh axis.
+        num_rows: Rows of a device.
+    """
+
+    axis: str
+    num_rows: int
+
+    def of(self, tree: Any) -> Any:
+        """This device's rows of arrays that every device has."""
+        first = jax.lax.axis_index(self.axis) * self.num_rows
+        return jax.tree.map(
+            lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, self.num_rows), tree
+        )
+
+    def exchanged(self, columns: jax.Array) -> jax.Array:
+        """This device's rows of an array of whose columns each device has some."""
+        return jax.lax.all_to_all(columns, self.axis, split_axis=0, concat_axis=1, tiled=True)
+
+    def gathered(self, tree: Any) -> Any:
+        """All rows, from what each device has of them."""
+        return jax.tree.map(
+            lambda leaf: jax.lax.all_gather(leaf, self.axis, axis=0, tiled=True), tree
+        )

@@ -144,8 +144,8 @@ def step_time(
     """
     share = local_config(config, tensor_parallel_size)
     layers = config.num_layers
-    # Logits are written and read again to be sampled from, as f32.
-    logits_bytes = 8 * work.num_sampled * config.vocab_size
+    # Logits are written and read again to be sampled from, as f32; each device has some rows.
+    logits_bytes = 8 * _own_rows(work, tensor_parallel_size) * config.vocab_size
     parts = [
         _product("layers", device, work.num_tokens, layers * layer_params(share), itemsize),
         _product("logits", device, work.num_sampled, head_params(share), itemsize),
@@ -157,6 +157,11 @@ def step_time(
     if tensor_parallel_size > 1:
         parts.append(_links(config, device, itemsize, tensor_parallel_size, work))
     return StepTime(tuple(part for part in parts if part.seconds))
+
+
+def _own_rows(work: Work, size: int) -> int:
+    """Rows of logits that a device of `size` samples, as `CausalLM.row_share` says."""
+    return work.num_sampled if work.num_sampled % size else work.num_sampled // size
 
 
 def _product(name: str, device: Device, num_rows: int, num_params: int, itemsize: int) -> Part:
@@ -180,10 +185,10 @@ def _attention(share: ModelConfig, device: Device, itemsize: int, work: Work) ->
 
 
 def _links(config: ModelConfig, device: Device, itemsize: int, size: int, work: Work) -> Part:
-    """Two sums over the devices a layer and one of the embedding, and the logits gathered."""
+    """Two sums over the devices a layer and one of the embedding, and logits for their rows."""
     num_sums = 2 * config.num_layers + 1
     summed = num_sums * work.num_tokens * config.hidden_size * itemsize
-    gathered = work.num_sampled * config.vocab_size * 4
-    sent = (2 * summed + gathered) * (size - 1) / size
+    exchanged = _own_rows(work, size) * config.vocab_size * 4
+    sent = (2 * summed + exchanged) * (size - 1) / size
     waits = num_sums * device.hops(size) * device.link_latency_s
     return Part("links", sent / device.link_bytes_s + waits, "links")

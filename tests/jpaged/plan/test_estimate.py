@@ -53,13 +53,13 @@ def test_a_decode_step_of_one_device():
 
 
 def test_devices_share_the_work_and_exchange_sums():
-    work = Work(num_tokens=1, num_sampled=1, decode_context=10)
+    work = Work(num_tokens=2, num_sampled=2, decode_context=10)
     found = step_time(TINY, DEVICE, 2, 2, work)
-    # Five sums of a token's 64 numbers and the logits of 512; two devices take two hops a sum.
-    sent = (2 * 5 * 64 * 2 + 512 * 4) / 2
+    # Five sums of 64 numbers of two tokens, and the logits of one; two devices take two hops a sum.
+    sent = (2 * 5 * 2 * 64 * 2 + 512 * 4) / 2
     assert seconds(found) == {
-        "layers": (2 * LAYER / 2 * 2 / 1e9, "memory"),
-        "logits": (TABLE / 2 * 2 / 1e9, "memory"),
+        "layers": (2 * LAYER / 2 * 2 * 2 / 1e9, "compute"),
+        "logits": (TABLE / 2 * 2 * 2 / 1e9, "compute"),
         "attention": (10 * 2 * 2 * 16 * 2 / 1e9, "memory"),
         "sampling": (8 * 512 / 1e9, "memory"),
         "links": (sent / 1e6 + 5 * 2 * 1e-6, "links"),
@@ -68,6 +68,11 @@ def test_devices_share_the_work_and_exchange_sums():
     assert found.of("attention", "links") == pytest.approx(
         10 * 2 * 2 * 16 * 2 / 1e9 + sent / 1e6 + 1e-5
     )
+
+
+def test_rows_that_devices_cannot_share_evenly_go_to_all_of_them():
+    found = step_time(TINY, DEVICE, 2, 2, Work(num_tokens=3, num_sampled=3, decode_context=30))
+    assert seconds(found)["sampling"] == (8 * 3 * 512 / 1e9, "memory")
 
 
 def test_attention_of_prompts_is_bound_by_flops():
