@@ -74,7 +74,7 @@ class Device:
 def _chunk_flop_s(cycles: int, clock_hz: float) -> float:
     """FLOP/s of the chunk kernel: a tile of 128 queries and 512 tokens takes so many cycles.
 
-    All 32 heads of 128 elements; the cycles are those of docs/tpu.md.
+    All 32 heads of 128 elements; the cycles are those of docs/tpu.md for a tile with a mask.
     """
     return 4 * 128 * 512 * 32 * 128 / cycles * clock_hz
 
@@ -87,10 +87,10 @@ _TPUS = {
         memory_bytes=int(15.75 * GIB),
         read_bytes_s=819e9,
         matmul_flop_s=197e12,
-        attention_flop_s=_chunk_flop_s(12_683, 1.5e9),
+        attention_flop_s=_chunk_flop_s(11_669, 1.5e9),
         link_bytes_s=100e9,
         clock_hz=1.5e9,
-        decode_cycles=2.10 / 8,
+        decode_cycles=1.96 / 8,
         accelerator="v5litepod",
     ),
     "v5p": Device(
@@ -99,10 +99,10 @@ _TPUS = {
         read_bytes_s=2765e9,
         matmul_flop_s=459e12,
         # A kernel runs on one of the chip's two cores.
-        attention_flop_s=_chunk_flop_s(12_620, 1.75e9),
+        attention_flop_s=_chunk_flop_s(11_670, 1.75e9),
         link_bytes_s=200e9,
         clock_hz=1.75e9,
-        decode_cycles=2.08 / 8,
+        decode_cycles=1.96 / 8,
         cores_of_name=2,
         chips_of_host=4,
         accelerator="v5p",
@@ -112,10 +112,10 @@ _TPUS = {
         memory_bytes=int(31.24 * GIB),
         read_bytes_s=1638e9,
         matmul_flop_s=918e12,
-        attention_flop_s=_chunk_flop_s(8_712, 1.75e9),
+        attention_flop_s=_chunk_flop_s(6_373, 1.75e9),
         link_bytes_s=200e9,
         clock_hz=1.75e9,
-        decode_cycles=1.99 / 8,
+        decode_cycles=1.86 / 8,
         accelerator="v6e",
     ),
     "tpu7x": Device(
@@ -123,10 +123,10 @@ _TPUS = {
         memory_bytes=int(94.74 * GIB),
         read_bytes_s=3690e9,
         matmul_flop_s=1153.5e12,
-        attention_flop_s=_chunk_flop_s(8_804, 1.9e9),
+        attention_flop_s=_chunk_flop_s(6_095, 1.9e9),
         link_bytes_s=200e9,
         clock_hz=1.9e9,
-        decode_cycles=2.01 / 8,
+        decode_cycles=1.88 / 8,
         cores_of_name=2,
         devices_of_chip=2,
         chips_of_host=4,
