@@ -5,6 +5,7 @@ the rows of all heads in one tile of a block. Windows are read, the step's rows 
 back, a batch of them at a time. Tokens are sorted by slot first: a window comes up once.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jpaged.pallas_kernels.kv_cache_layout import KVCacheSpec, Pool, rows_of
-from jpaged.pallas_kernels.mosaic_tpu import pool_reasons, tile_rows
+from jpaged.pallas_kernels.mosaic_tpu import LANES, pool_reasons, tile_rows
 
 # Windows on their way together: each batch waits for one read and one write.
 BATCH = 8
@@ -80,7 +81,8 @@ def write_kv(
         scratch_shapes=[
             pltpu.VMEM((BATCH, *window_shape), pool.dtype),
             pltpu.VMEM((BATCH, rows, *kv.shape[1:]), dtype),
-            pltpu.VMEM(kv.shape[1:], jnp.float32),
+            # Of odd strides and rows of one register a load takes every n-th row at once.
+            pltpu.VMEM((row_size // LANES, rows * (kv.shape[1] | 1), LANES), jnp.float32),
             pltpu.SemaphoreType.DMA,
             pltpu.SemaphoreType.DMA,
             pltpu.SemaphoreType.DMA,
@@ -114,7 +116,7 @@ def _write(
     # Scratch
     windows,  # [BATCH, kinds, num_kv_heads, rows, row_size]
     new_rows,  # [BATCH, rows, kinds * num_kv_heads, row_size]
-    wide,  # f32[kinds * num_kv_heads, row_size]
+    wide,  # f32[row_size // LANES, rows * stride, LANES]
     window_arrived,
     row_arrived,
     window_left,
@@ -142,6 +144,34 @@ def _write(
         return pltpu.make_async_copy(
             kv_ref.at[token_ref[position]], new_rows.at[n, offset], row_arrived
         )
+
+    num_heads = new_rows.shape[2]
+    stride = num_heads | 1
+    parts = [(i, pl.ds(i * LANES, LANES)) for i in range(wide.shape[0])]
+
+    def put_window(n):
+        for row in range(rows):
+            for part, lanes in parts:
+                values = new_rows[n, row, :, lanes].astype(jnp.float32)
+                wide[part, pl.ds(row * stride, num_heads)] = values
+        for i in range(num_heads):
+            kind, head = divmod(i, windows.shape[2])
+            for part, lanes in parts:
+                values = wide[part, pl.ds(i, rows, stride=stride)]
+                windows[n, kind, head, :, lanes] = values.astype(windows.dtype)
+
+    def put_row(n, position):
+        offset = lax.rem(slot_ref[position], jnp.int32(rows))
+        is_new = lax.broadcasted_iota(jnp.int32, (rows, LANES), 0) == offset
+        for part, lanes in parts:
+            # A load spreads one row of 32 bits over a register.
+            wide[part, :num_heads] = new_rows[n, offset, :, lanes].astype(jnp.float32)
+            for i in range(num_heads):
+                kind, head = divmod(i, windows.shape[2])
+                old = windows[n, kind, head, :, lanes].astype(jnp.float32)
+                new = jnp.broadcast_to(wide[part, pl.ds(i, 1)], old.shape)
+                values = jnp.where(is_new, new, old)
+                windows[n, kind, head, :, lanes] = values.astype(windows.dtype)
 
     def for_each_copy(i, n, act):
         """Calls `act` with the copies that bring a window's rows, the old ones where any stay."""
@@ -191,19 +221,16 @@ def _write(
 
         @pl.loop(0, count)
         def _(n):
-            def put(position):
-                offset = lax.rem(slot_ref[position], jnp.int32(rows))
-                # A load spreads one row of 32 bits over a register.
-                wide[...] = new_rows[n, offset].astype(jnp.float32)
-                shape = windows.shape[-2:]
-                is_new = lax.broadcasted_iota(jnp.int32, shape, 0) == offset
-                for i in range(wide.shape[0]):
-                    kind, head = divmod(i, windows.shape[2])
-                    old = windows[n, kind, head].astype(jnp.float32)
-                    new = jnp.broadcast_to(wide[pl.ds(i, 1)], shape)
-                    windows[n, kind, head] = jnp.where(is_new, new, old).astype(windows.dtype)
+            is_whole = is_whole_ref[first + n] != 0
 
-            for_each_row(first + n, put)
+            @pl.when(is_whole)
+            def _():
+                put_window(n)
+
+            @pl.when(~is_whole)
+            def _():
+                for_each_row(first + n, functools.partial(put_row, n))
+
             copy_out(first + n, n).start()
 
         @pl.loop(0, count)
