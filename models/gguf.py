@@ -18,6 +18,7 @@ import numpy as np
 
 from jpaged.models.config import ModelConfig
 from jpaged.models.rope_scaling import RopeScaling
+from jpaged.models.weights import ALL
 
 # llama also covers Mistral; its converters interleave the rows of q and k, the others do not.
 FAMILIES: Mapping[str, str] = {
@@ -57,6 +58,7 @@ _SCALARS = {
     12: "d",
 }
 _STRING, _ARRAY = 8, 9
+_PAIRED = (".self_attn.q_proj.", ".self_attn.k_proj.")
 # 1 MiB of quantised bytes at a time keeps NumPy's temporaries in cache and frees the interpreter
 # lock, so that threads help.
 _CHUNK_BYTES = 1 << 20
@@ -163,8 +165,10 @@ class GGUFFile:
         self._offset += values.nbytes
         return values.tolist()
 
-    def rows(self, name: str, multiple: int = 1) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields a tensor as float rows in chunks of a multiple of so many rows."""
+    def rows(
+        self, name: str, multiple: int = 1, rows: slice = ALL
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields a tensor, or some rows and their neighbours, in chunks of a multiple of rows."""
         shape, kind, offset, num_bytes = self.tensors[name]
         raw = np.frombuffer(self._data, np.uint8, num_bytes, offset)
         if len(shape) == 1:
@@ -172,7 +176,8 @@ class GGUFFile:
             return
         raw = raw.reshape(shape[0], -1)
         step = max(1, _CHUNK_BYTES // (raw.shape[1] * multiple)) * multiple
-        for start in range(0, shape[0], step):
+        first, last, _ = rows.indices(shape[0])
+        for start in range(first // multiple * multiple, last, step):
             chunk = self._dequantize(name, raw[start : start + step], kind)
             yield start, chunk.reshape(-1, *shape[1:])
 
@@ -212,18 +217,18 @@ class GGUFSource:
         own = self._names.get(name) or {_hf_name(n): n for n in _all_names(name)}.get(name, name)
         return f"{self.location}: tensor {own!r}"
 
-    def rows(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields a tensor in chunks of its first axis, each with its first row's index."""
+    def rows(
+        self, name: str, rows: slice = ALL, columns: slice = ALL
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields a tensor, or what is wanted of it, in chunks of its first axis."""
         own, size = self._names[name], self._head_dim
-        if not (self._interleaved and ".self_attn." in name and "_proj" in name) or (
-            "q_proj" not in name and "k_proj" not in name
-        ):
-            yield from self._file.rows(own)
-            return
-        for start, rows in self._file.rows(own, multiple=size):
-            rest = rows.shape[1:]
-            pairs = rows.reshape(-1, size // 2, 2, *rest)
-            yield start, pairs.swapaxes(1, 2).reshape(-1, *rest)
+        is_paired = self._interleaved and any(part in name for part in _PAIRED)
+        for start, chunk in self._file.rows(own, size if is_paired else 1, rows):
+            if is_paired:
+                rest = chunk.shape[1:]
+                pairs = chunk.reshape(-1, size // 2, 2, *rest)
+                chunk = pairs.swapaxes(1, 2).reshape(-1, *rest)
+            yield start, chunk if columns == ALL else chunk[:, columns]
 
 
 def read_config(file: GGUFFile) -> ModelConfig:

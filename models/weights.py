@@ -30,7 +30,12 @@ _IGNORED = re.compile(r"(\.rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$")
 _TABLES = ("embed_tokens.weight", "lm_head.weight")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _CHUNK_BYTES = 1 << 22
+ALL = slice(None)
 _ALIGNMENT = 64  # on CPU, device_put takes over a NumPy buffer that is aligned so, without a copy
+
+
+Box = tuple[tuple[int, int, int], ...]
+"""Part of an array: first index, the one past the last, and the array's size, for each axis."""
 
 
 class TensorSource(Protocol):
@@ -46,8 +51,16 @@ class TensorSource(Protocol):
         """Returns how an error text calls the tensor: its name in the file, and the file."""
         ...
 
-    def rows(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields a tensor in chunks of its first axis, each with its first row's index."""
+    def rows(
+        self, name: str, rows: slice = ALL, columns: slice = ALL
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields a tensor in chunks of its first axis, each with its first row's index.
+
+        Args:
+            name: of the tensor.
+            rows: those that are wanted; others may come with them.
+            columns: those that are wanted, and that come; of a tensor with two axes.
+        """
         ...
 
 
@@ -82,13 +95,18 @@ class SafetensorsSource:
         where = self._files[name][0] if name in self._files else self.location
         return f"{where}: tensor {name!r}"
 
-    def rows(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields a tensor in chunks of its first axis, each with its first row's index."""
+    def rows(
+        self, name: str, rows: slice = ALL, columns: slice = ALL
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields a tensor, or what is wanted of it, in chunks of its first axis."""
         view = self._files[name][1].get_slice(name)
         shape = self._shapes[name]
         step = max(1, _CHUNK_BYTES // max(1, 4 * int(np.prod(shape[1:]))))
-        for start in range(0, shape[0], step):
-            yield start, view[start : min(start + step, shape[0])]
+        first, last, _ = rows.indices(shape[0])
+        for start in range(first, last, step):
+            chunk = slice(start, min(start + step, last))
+            # Of a cut across the columns only its own bytes are read.
+            yield start, view[chunk] if columns == ALL else view[chunk, columns]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +139,9 @@ def load_params(
     specs = jax.tree.leaves(model.param_specs)
 
     def read(index: int) -> jax.Array:
-        out = _read_param(source, pieces[index], leaves[index][1])
-        return place(out, specs[index], mesh)
+        leaf = leaves[index][1]
+        box = _box(leaf.shape, specs[index], mesh)
+        return place(_read_param(source, pieces[index], leaf, box), specs[index], mesh, box)
 
     # NumPy and the device copy release the interpreter lock; more threads than cores only cost
     # memory.
@@ -132,13 +151,47 @@ def load_params(
 
 
 def place(
-    array: np.ndarray, spec: jax.sharding.PartitionSpec, mesh: jax.sharding.Mesh | None
+    array: np.ndarray,
+    spec: jax.sharding.PartitionSpec,
+    mesh: jax.sharding.Mesh | None,
+    box: Box | None = None,
 ) -> jax.Array:
-    """Returns a whole parameter on the devices, each with its share, or on the default one."""
+    """Returns a parameter on the devices, each with its share, or on the default one.
+
+    Args:
+        array: The parameter, or what `box` says of it.
+        spec: How it is cut.
+        mesh: The devices.
+        box: Where the array lies in the parameter; the whole of it if None.
+    """
     if mesh is None:
         return jax.device_put(array)
+    box = box or tuple((0, size, size) for size in array.shape)
     placed = jax.sharding.NamedSharding(mesh, spec)
-    return jax.make_array_from_callback(array.shape, placed, lambda index: array[index])
+
+    def share(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = [cut.indices(size) for cut, (_, _, size) in zip(index, box, strict=True)]
+        places = zip(bounds, box, strict=True)
+        return array[
+            tuple(slice(start - first, stop - first) for (start, stop, _), (first, _, _) in places)
+        ]
+
+    return jax.make_array_from_callback(tuple(size for _, _, size in box), placed, share)
+
+
+def _box(
+    shape: Sequence[int], spec: jax.sharding.PartitionSpec, mesh: jax.sharding.Mesh | None
+) -> Box:
+    """Returns the least part of a parameter that holds the shares of this host's devices."""
+    if mesh is None:
+        return tuple((0, size, size) for size in shape)
+    placed = jax.sharding.NamedSharding(mesh, spec)
+    shares = list(placed.addressable_devices_indices_map(tuple(shape)).values())
+    box = []
+    for axis, size in enumerate(shape):
+        bounds = [share[axis].indices(size) for share in shares if share is not None]
+        box.append((min(start for start, _, _ in bounds), max(s for _, s, _ in bounds), size))
+    return tuple(box)
 
 
 def dummy_params(model: CausalLM, mesh: jax.sharding.Mesh | None = None) -> Params:
@@ -240,27 +293,41 @@ def _check_names(
 
 
 def _read_param(
-    source: TensorSource, pieces: list[_Piece], leaf: jax.ShapeDtypeStruct
+    source: TensorSource, pieces: list[_Piece], leaf: jax.ShapeDtypeStruct, box: Box
 ) -> np.ndarray:
-    out = _aligned_empty(leaf.shape, leaf.dtype)
-    by_row = out if pieces[0].name.endswith(_TABLES) or out.ndim == 1 else out.T
+    """Returns what a box holds of a parameter."""
+    out = _aligned_empty([last - first for first, last, _ in box], leaf.dtype)
+    is_by_row = pieces[0].name.endswith(_TABLES) or out.ndim == 1
+    by_row = out if is_by_row else out.T
+    (top, bottom, _), *across = box if is_by_row else reversed(box)
+    is_cut_across = any((first, last) != (0, size) for first, last, size in across)
+    columns = slice(*across[0][:2]) if is_cut_across else ALL
     # Rows that the checkpoint does not have make the vocabulary a multiple of the devices.
-    by_row[max(piece.place + piece.stop - piece.start for piece in pieces) :] = 0
-    for name in dict.fromkeys(piece.name for piece in pieces):
+    end = max(piece.place + piece.stop - piece.start for piece in pieces)
+    by_row[max(end - top, 0) :] = 0
+    wanted: dict[str, list[_Piece]] = {}
+    for piece in pieces:
+        first = piece.start + max(top - piece.place, 0)
+        last = min(piece.stop, piece.start + bottom - piece.place)
+        if first < last:
+            place = piece.place + first - piece.start - top
+            wanted.setdefault(piece.name, []).append(_Piece(piece.name, first, last, place))
+    for name, parts in wanted.items():
+        rows = slice(min(part.start for part in parts), max(part.stop for part in parts))
         try:
-            for start, chunk in source.rows(name):
-                for piece in pieces:
-                    first = max(start, piece.start)
-                    last = min(start + len(chunk), piece.stop)
-                    if piece.name == name and first < last:
-                        target = piece.place - piece.start
+            for start, chunk in source.rows(name, rows, columns):
+                for part in parts:
+                    first = max(start, part.start)
+                    last = min(start + len(chunk), part.stop)
+                    if first < last:
+                        target = part.place - part.start
                         by_row[target + first : target + last] = chunk[first - start : last - start]
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"{source.describe(name)} cannot be read: {error}") from error
     return out
 
 
-def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     buffer = np.empty(num_bytes + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT

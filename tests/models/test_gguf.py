@@ -121,6 +121,16 @@ def test_dequantised_chunks_equal_the_package(kind, tmp_path, monkeypatch):
     np.testing.assert_array_equal(np.concatenate(rows), expected)
 
 
+@pytest.mark.parametrize("part", ["q_proj", "o_proj"])
+def test_rows_and_columns_are_read_alone(part, tmp_path):
+    source = GGUFSource(GGUFFile(write_gguf(tmp_path / "t.gguf", CASES["llama_mha"], "llama")))
+    name = f"model.layers.1.self_attn.{part}.weight"
+    whole = np.concatenate([chunk for _, chunk in source.rows(name)])
+    ((start, found),) = source.rows(name, slice(21, 40), slice(8, 24))
+    np.testing.assert_array_equal(found[21 - start : 40 - start], whole[21:40, 8:24])
+    assert len(found) < len(whole)
+
+
 def test_header_equals_the_package_reader(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", CASES["qwen3"], "qwen3", metadata=[("a.b", True)])
     reader, file = gguf.GGUFReader(path), GGUFFile(path)

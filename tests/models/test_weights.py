@@ -11,6 +11,9 @@ import safetensors.numpy
 from tiny_models import CASES, make_weights, write_checkpoint
 
 from jpaged.models import load_model
+from jpaged.models import weights as reading
+from jpaged.models.causal_lm import CausalLM, path_keys
+from jpaged.models.loader import load_config
 
 RAW = CASES["llama_mqa_tied"]
 
@@ -38,6 +41,31 @@ def test_weights_are_fused_and_stored_in_by_out(tmp_path):
         params["embed_tokens"]["weight"], weights["model.embed_tokens.weight"]
     )
     assert "lm_head" not in params
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_part_of_a_parameter_is_read_alone(size, tmp_path):
+    source = reading.SafetensorsSource(write_checkpoint(tmp_path, RAW))
+    model = CausalLM(load_config(tmp_path), dtype="float32", tensor_parallel_size=size)
+    rng, num_cut = np.random.default_rng(size), 0
+    for path, leaf in jax.tree_util.tree_flatten_with_path(model.abstract_params)[0]:
+        pieces = reading._pieces(path_keys(path), model)
+        whole = reading._read_param(source, pieces, leaf, tuple((0, n, n) for n in leaf.shape))
+        for _ in range(4):
+            bounds = [sorted(rng.choice(n + 1, 2, replace=False).tolist()) for n in leaf.shape]
+            box = tuple((*cut, n) for cut, n in zip(bounds, leaf.shape, strict=True))
+            part = reading._read_param(source, pieces, leaf, box)
+            np.testing.assert_array_equal(part, whole[tuple(slice(*cut) for cut in bounds)])
+            num_cut += part.size < whole.size
+    assert num_cut > 20
+
+
+def test_only_the_columns_that_are_wanted_are_read(tmp_path):
+    name = "model.layers.0.mlp.down_proj.weight"
+    source = reading.SafetensorsSource(write_checkpoint(tmp_path, RAW))
+    chunks = list(source.rows(name, slice(3, 9), slice(8, 24)))
+    assert [(start, chunk.shape) for start, chunk in chunks] == [(3, (6, 16))]
+    np.testing.assert_array_equal(chunks[0][1], make_weights(RAW)[name][3:9, 8:24])
 
 
 def test_shards_equal_one_file(tmp_path):
