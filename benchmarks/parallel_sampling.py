@@ -76,7 +76,7 @@ def compare(llm: LLM, prompt: list[int], n: int, max_tokens: int, repeats: int) 
     for _ in range(repeats):
         for name, side in sides.items():
             runs[name].append(run(llm, prompt, side))
-    spec, num_layers = llm.engine.runner.kv_spec, llm.engine.model_config.num_layers
+    spec, num_layers = llm.engine.runner.worker.kv_spec, llm.engine.model_config.num_layers
     block_bytes = spec.block_bytes * num_layers
     result: dict[str, Any] = {"max_tokens": max_tokens}
     for name, found in runs.items():

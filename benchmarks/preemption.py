@@ -73,7 +73,7 @@ def run_policy(policy: str, args: argparse.Namespace) -> tuple[dict[str, Any], l
     with LLM(**options_of(policy, args)) as llm:
         vocab_size = llm.engine.model_config.vocab_size
         runner = llm.engine.runner
-        block_bytes = runner.kv_spec.block_bytes * llm.engine.model_config.num_layers
+        block_bytes = runner.worker.kv_spec.block_bytes * llm.engine.model_config.num_layers
         for repeat in range(args.repeats + 1):
             prompts = [{"prompt_token_ids": p} for p in make_prompts(args, repeat, vocab_size)]
             before = llm.stats().scheduler

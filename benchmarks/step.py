@@ -77,13 +77,13 @@ def build(args: argparse.Namespace, directory: str) -> LLM:
 def fill_pools(runner: ModelRunner) -> None:
     """Random K and V, since a GPU's clock, and so its speed, depends on the data."""
     draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
-    pools = list(runner._pools)
-    runner._pools = ()
+    pools = list(runner.worker.pools)
+    runner.worker.pools = ()
     for i, key in enumerate(jax.random.split(jax.random.key(0), len(pools))):
         shape, dtype = pools[i].shape, pools[i].dtype
         pools[i].delete()
         pools[i] = draw(key, shape, dtype)
-    runner._pools = tuple(pools)
+    runner.worker.pools = tuple(pools)
 
 
 def first_decode(engine: Engine, batch: int, context: int, num_steps: int) -> SchedulerOutput:

@@ -62,6 +62,7 @@ class AsyncLLM:
         self._wake = threading.Condition()
         self._stopping = False
         self._error: BaseException | None = None
+        self.engine.on_host_lost(self._notify)
         self._thread = threading.Thread(target=self._work, name="jpaged-engine", daemon=True)
         self._thread.start()
         # Python does not wait for the thread, and JAX aborts a process that ends during a step.
@@ -166,6 +167,10 @@ class AsyncLLM:
             raise EngineDeadError(f"the engine has ended with an error: {self._error}")
         if self._stopping:
             raise EngineDeadError("the engine was shut down")
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify()
 
     def _call(self, call: Callable[[], None]) -> None:
         with self._wake:

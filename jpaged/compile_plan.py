@@ -300,6 +300,18 @@ class CompilePlan:
         Raises:
             ValueError: No shape of the plan is large enough.
         """
+        program = self.choose(num_tokens, num_seqs, decode_only, plain)
+        self.require(program)
+        return program
+
+    def choose(
+        self, num_tokens: int, num_seqs: int, decode_only: bool, plain: bool = False
+    ) -> StepProgram:
+        """The program that `find` returns, but not compiled yet if there is no compiled one.
+
+        Raises:
+            ValueError: No shape of the plan is large enough.
+        """
         holding = self._holding(num_tokens, num_seqs, decode_only, plain)
         ideal = next(holding)
         if ideal.state is ProgramState.READY:
@@ -309,7 +321,6 @@ class CompilePlan:
             if program.state is ProgramState.READY:
                 self._hurry(ideal)
                 return program
-        self._demand(ideal)
         return ideal
 
     def best(
@@ -341,9 +352,17 @@ class CompilePlan:
     def get(self, name: str) -> Any:
         """What one of the `others` was compiled to, compiled now if it is not yet."""
         program = self._others[name]
+        self.require(program)
+        return program.compiled
+
+    def require(self, program: Program) -> None:
+        """Returns when a program is compiled, now if it is not yet."""
         if program.state is not ProgramState.READY:
             self._demand(program)
-        return program.compiled
+
+    def step_program(self, name: str) -> StepProgram:
+        """The step program of a name."""
+        return next(program for program in self._by_cost if program.name == name)
 
     def _hurry(self, program: Program) -> None:
         """Makes `program` the next that a thread takes."""

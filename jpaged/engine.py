@@ -10,20 +10,21 @@ import functools
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 
 from jpaged import platform
 from jpaged.beam_outputs import BeamGroup, BeamOutputs
 from jpaged.block_manager import BlockManager
 from jpaged.config import SchedulerConfig
+from jpaged.device_worker import DeviceWorker, load
 from jpaged.engine_config import EngineConfig
 from jpaged.generation_config import read_default_sampling
 from jpaged.model_runner import ModelRunner, StepHandle, StepResult
-from jpaged.models.loader import load_model
-from jpaged.models.sharding import make_mesh
+from jpaged.models.loader import LoadedModel
+from jpaged.multihost.leading_worker import LeadingWorker, lead
 from jpaged.output_processor import RequestOutputs
 from jpaged.outputs import RequestOutput
 from jpaged.preemption import PreemptionPolicy
@@ -39,6 +40,9 @@ from jpaged.structured_outputs import GrammarCompiler, GrammarMatcher
 from jpaged.structured_outputs_params import StructuredOutputsParams
 from jpaged.token_outputs import TokenOutputs
 from jpaged.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from jpaged.multihost.leader import Leader
 
 logger = logging.getLogger(__name__)
 
@@ -85,28 +89,18 @@ class Engine:
     def __init__(self, config: EngineConfig, *, with_text: bool = True) -> None:
         self.config = config
         self._with_text = with_text
-        platform.set_compilation_cache(config.compilation_cache_dir)
-        size = config.tensor_parallel_size
-        loaded = load_model(
-            config.model,
-            dtype=config.dtype,
-            load_format=config.load_format,
-            revision=config.revision,
-            mesh=make_mesh(size) if size > 1 else None,
-        )
-        self.model_config = loaded.config
-        scheduler_config = config.scheduler_config(
-            jax.default_backend(), loaded.config.max_position_embeddings
-        )
-        self.max_model_len = scheduler_config.max_model_len
+        self._hosts: "Leader | None" = lead(config) if config.nnodes > 1 else None
         self.preemption = PreemptionPolicy(config.preemption_mode)
         self._is_timed = config.preemption_mode == "auto"
-        self.runner = ModelRunner(
-            loaded,
-            config,
-            scheduler_config,
-            on_copy_in=self.preemption.note_copies if self._is_timed else None,
-        )
+        try:
+            loaded, scheduler_config, worker = self._open()
+        except BaseException as error:
+            if self._hosts is not None:
+                self._hosts.close(error)
+            raise
+        self.model_config = loaded.config
+        self.max_model_len = scheduler_config.max_model_len
+        self.runner = ModelRunner(worker, config.block_size, scheduler_config.max_num_seqs)
         self.tokenizer: Tokenizer | None = None
         self.default_sampling = {}
         if config.generation_config == "auto":
@@ -143,6 +137,16 @@ class Engine:
         self._last_result_s = 0.0
         self._finished_early: list[Request] = []
         self._is_shut_down = False
+
+    def _open(self) -> tuple[LoadedModel, SchedulerConfig, DeviceWorker]:
+        """The model on its devices, and the budgets."""
+        config = self.config
+        loaded, budgets = load(config)
+        on_copy_in = self.preemption.note_copies if self._is_timed else None
+        if self._hosts is None:
+            return loaded, budgets, DeviceWorker(loaded, config, budgets, on_copy_in=on_copy_in)
+        worker = LeadingWorker(loaded, config, budgets, self._hosts, on_copy_in)
+        return loaded, budgets, worker
 
     def _start_scheduler(self, scheduler_config: SchedulerConfig) -> None:
         cache = self.config.cache_config(self.runner.num_blocks, self.runner.num_host_blocks)
@@ -261,8 +265,15 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether `step` has anything left to do."""
+        """Whether `step` has anything left to do, or to say of a host that is gone."""
+        if self._hosts is not None and self._hosts.is_lost:
+            return True
         return bool(self.scheduler.has_unfinished() or self._in_flight or self._finished_early)
+
+    def on_host_lost(self, wake: Callable[[], None]) -> None:
+        """Has `wake` called, in some thread, when a host is gone; `step` then raises."""
+        if self._hosts is not None:
+            self._hosts.on_lost(wake)
 
     # Steps.
 
@@ -272,7 +283,13 @@ class Engine:
         return [output for output in found if output is not None]
 
     def advance(self) -> list[Request]:
-        """The same, but returns the requests that have something new to tell."""
+        """The same, but returns the requests that have something new to tell.
+
+        Raises:
+            RuntimeError: One of several hosts is gone; nothing can run any more.
+        """
+        if self._hosts is not None:
+            self._hosts.check()
         touched, self._finished_early = self._finished_early, []
         if self._is_worth_waiting():
             touched += self._read(0)

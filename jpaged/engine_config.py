@@ -46,8 +46,13 @@ class EngineConfig:
         skip_tokenizer_init: Runs without a tokenizer: prompts and outputs are token ids.
         revision: Revision of a hub id.
         load_format: "auto", or "dummy" for random weights of the right shapes.
-        tensor_parallel_size: Devices of this host that the model is cut over: by heads, MLP and
-            vocabulary.
+        tensor_parallel_size: Devices, of all hosts together, that the model is cut over: by heads,
+            MLP and vocabulary.
+        nnodes: Hosts whose devices hold the model, with a process on each.
+        node_rank: Which of them this is. Rank 0 leads: the others have no engine of their own but
+            `jpaged.multihost.follow` it. On TPU VMs rank and address are found if None.
+        master_addr: Address of the leader, where the others find it.
+        master_port: Port of the leader for its calls; the next one is JAX's.
         dtype: Of weights, activations and the block pool; "auto" takes float32 on a CPU and
             bfloat16 on accelerators (float16 where the device is slow at bfloat16).
         generation_config: Where sampling that a request leaves open comes from: "auto" takes what
@@ -69,8 +74,8 @@ class EngineConfig:
         preemption_mode: How running sequences make room for older ones: "recompute" forgets their
             blocks, "swap" moves them to the host while it has room, "auto" swaps groups of several
             sequences, and others where copying was measured to take less time than computing.
-        swap_space: GiB of host memory for swapped and cached blocks; if it is needed and None, 4,
-            or a quarter of the host's memory or eight times the pool where those are less.
+        swap_space: GiB of each host's memory for swapped and cached blocks; if it is needed and
+            None, 4, or a quarter of that memory or eight times the pool where those are less.
         host_cache: Whether cached blocks that are evicted from the pool are kept in `swap_space`.
         max_logprobs: Largest `logprobs` and `prompt_logprobs` of a request; -1 for the vocabulary,
             0 leaves log-probabilities out of the compiled step.
@@ -88,6 +93,10 @@ class EngineConfig:
     revision: str | None = None
     load_format: LoadFormat = "auto"
     tensor_parallel_size: int = 1
+    nnodes: int = 1
+    node_rank: int | None = None
+    master_addr: str | None = None
+    master_port: int = 29501
     dtype: DType = "auto"
     generation_config: GenerationConfig = "auto"
     seed: int = 0
@@ -137,6 +146,7 @@ class EngineConfig:
         check_at_least("max_logprobs", self.max_logprobs, -1)
         check_at_least("tensor_parallel_size", self.tensor_parallel_size, 1)
         check_at_least("seed", self.seed, 0)
+        self._check_hosts()
         share = self.memory_utilization
         if not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
             raise ValueError(f"memory_utilization must be in (0, 1], got {share!r}")
@@ -151,6 +161,34 @@ class EngineConfig:
             raise ValueError("host_cache needs enable_prefix_caching=True")
         if self.swap_space is not None:
             self._check_swap_space(self.swap_space)
+
+    def _check_hosts(self) -> None:
+        check_at_least("nnodes", self.nnodes, 1)
+        if self.nnodes == 1:
+            for name in ("node_rank", "master_addr"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs nnodes above 1, got {getattr(self, name)!r}")
+            return
+        if (self.node_rank is None) != (self.master_addr is None):
+            raise ValueError(
+                "node_rank and master_addr must be given both or, on TPU VMs, neither, got "
+                f"node_rank={self.node_rank!r}, master_addr={self.master_addr!r}"
+            )
+        if self.node_rank is not None:
+            check_at_least("node_rank", self.node_rank, 0)
+            if self.node_rank >= self.nnodes:
+                raise ValueError(
+                    f"node_rank must be in [0, nnodes - 1 = {self.nnodes - 1}], "
+                    f"got {self.node_rank}"
+                )
+        check_at_least("master_port", self.master_port, 1)
+        if self.master_port > 65534:
+            raise ValueError(f"master_port must be in [1, 65534], got {self.master_port}")
+        if self.tensor_parallel_size % self.nnodes:
+            raise ValueError(
+                f"tensor_parallel_size must be a multiple of nnodes={self.nnodes}, "
+                f"got {self.tensor_parallel_size}"
+            )
 
     def _check_swap_space(self, swap_space: float) -> None:
         host = platform.host_memory_bytes() / 2**30

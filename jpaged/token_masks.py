@@ -42,20 +42,14 @@ class TokenMasks:
         """What is to be compiled, by name."""
         return {_name(size): lambda size=size: self._compile(size) for size in self._sizes}
 
-    def send(
-        self,
-        allowed: jax.Array,
-        rows: Sequence[int],
-        fill: Callable[[NDArray[np.int32]], None],
-        get_program: Callable[[str], Any],
-    ) -> jax.Array:
-        """Returns `allowed` with new masks in some rows.
+    def fill(
+        self, rows: Sequence[int], fill: Callable[[NDArray[np.int32]], None]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Returns rows and masks as `send` takes them, valid for `NUM_BUFFERS` calls.
 
         Args:
-            allowed: `int32[R, W]`; donated.
             rows: where the masks go.
             fill: writes them into an `int32[N, W]` in the same order.
-            get_program: gives the compiled program of a name.
         """
         if not self._buffers:
             shape = (self._num_rows, self._width)
@@ -66,7 +60,24 @@ class TokenMasks:
         fill(masks[: len(rows)])
         padded = np.full(size, self._num_rows, np.int32)  # past the end: dropped
         padded[: len(rows)] = rows
-        return get_program(_name(size))(allowed, padded, masks)
+        return padded, masks
+
+    def send(
+        self,
+        allowed: jax.Array,
+        rows: NDArray[np.int32],
+        masks: NDArray[np.int32],
+        get_program: Callable[[str], Any],
+    ) -> jax.Array:
+        """Returns `allowed` with new masks in some rows.
+
+        Args:
+            allowed: `int32[R, W]`; donated.
+            rows: where the masks go.
+            masks: as many.
+            get_program: gives the compiled program of a name.
+        """
+        return get_program(_name(len(rows)))(allowed, rows, masks)
 
     def _compile(self, size: int) -> jax.stages.Compiled:
         def ints(*shape: int) -> jax.ShapeDtypeStruct:

@@ -7,6 +7,7 @@ of the model, with the counts of its share. Where there are more devices than KV
 hold the same one.
 """
 
+import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,19 +25,50 @@ _ROWS = ("o_proj", "down_proj")
 _TABLES = ("embed_tokens", "lm_head")
 
 
-def make_mesh(size: int, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+def make_mesh(
+    size: int, devices: Sequence[Any] | None = None, *, num_hosts: int = 1
+) -> jax.sharding.Mesh:
     """Returns the mesh of a model over `size` devices, the first ones if none are named.
+
+    Args:
+        size: How many.
+        devices: Of which; all that JAX sees if None.
+        num_hosts: Processes that they belong to, each with as many.
 
     Raises:
         ValueError: There are fewer devices.
     """
-    found = jax.devices() if devices is None else devices
+    found = list(jax.devices() if devices is None else devices)
+    if num_hosts > 1:
+        found = _of_each_host(found, size, num_hosts)
     if len(found) < size:
         raise ValueError(
             f"tensor_parallel_size must be at most the {len(found)} devices that JAX sees, "
             f"got {size}"
         )
     return jax.sharding.Mesh(np.array(found[:size]), (MODEL_AXIS,))
+
+
+def _of_each_host(devices: list[Any], size: int, num_hosts: int) -> list[Any]:
+    """Returns the devices of a mesh in which every host has as many, in the given order."""
+    counts = collections.Counter(device.process_index for device in devices)
+    if len(counts) != num_hosts:
+        raise ValueError(
+            f"nnodes must be the {len(counts)} hosts whose devices JAX sees, got {num_hosts}"
+        )
+    share, least = size // num_hosts, min(counts.values())
+    if size % num_hosts or share > least:
+        raise ValueError(
+            f"tensor_parallel_size must be a multiple of nnodes={num_hosts} and at most "
+            f"{num_hosts * least}, with {least} devices on a host, got {size}"
+        )
+    taken: collections.Counter[int] = collections.Counter()
+    found = []
+    for device in devices:
+        taken[device.process_index] += 1
+        if taken[device.process_index] <= share:
+            found.append(device)
+    return found
 
 
 def local_config(config: ModelConfig, size: int) -> ModelConfig:

@@ -71,6 +71,7 @@ class EngineServer:
     def serve(self) -> None:
         """Runs until it is told to stop."""
         engine, channel = self._engine, self._channel
+        engine.on_host_lost(channel.wake)
         while True:
             for message in channel.receive(wait=not engine.has_unfinished):
                 if isinstance(message, messages.Stop):

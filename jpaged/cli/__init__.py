@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from jpaged.cli import follow
 from jpaged.cli.parser import build_parser
 
 
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args) -> int:
+    if follow.is_wanted(args):
+        return follow.run(args)
     match args.command:
         case "generate":
             from jpaged.cli import generate as command

@@ -313,11 +313,12 @@ def _add_engine(command, *, for_requests: bool = True, with_api: bool = False) -
     add("--load-format", "auto, or dummy for random weights", "auto", metavar="FORMAT")
     add(
         "--tensor-parallel-size",
-        "devices that the model is cut over",
+        "devices that the model is cut over, those of all hosts together",
         1,
         type=int,
         metavar="N",
     )
+    _add_hosts(add)
     add("--dtype", "auto, float32, bfloat16 or float16", "auto", metavar="DTYPE")
     add(
         "--max-model-len",
@@ -388,6 +389,25 @@ def _add_engine(command, *, for_requests: bool = True, with_api: bool = False) -
             "single prompt, else background)",
             metavar="WHEN",
         )
+
+
+def _add_hosts(add) -> None:
+    add(
+        "--nnodes",
+        "hosts that hold the model together, each running this command; on TPU VMs this is enough",
+        1,
+        type=int,
+        metavar="N",
+    )
+    add("--node-rank", "which of the hosts this is; 0 leads and answers", type=int, metavar="R")
+    add("--master-addr", "address of the host of rank 0", metavar="ADDRESS")
+    add(
+        "--master-port",
+        "port of the host of rank 0 for the others; the next one is JAX's",
+        29501,
+        type=int,
+        metavar="PORT",
+    )
 
 
 def _token_ids(text: str) -> list[int]:

@@ -127,7 +127,7 @@ def test_beams_do_not_depend_on_how_they_are_scheduled(tiny_options, expected, l
 def test_results_are_the_same_to_the_last_bit_in_any_batch(tiny_options, monkeypatch):
     # Programs of other shapes sum in another order, so there is one of either kind.
     shapes = (StepShape(64, 8, False), StepShape(8, 8, True))
-    monkeypatch.setattr("jpaged.model_runner.step_shapes", lambda *_, **__: shapes)
+    monkeypatch.setattr("jpaged.device_worker.step_shapes", lambda *_, **__: shapes)
     with LLM(**tiny_options | {"max_num_seqs": 8, "max_num_batched_tokens": 64}) as llm:
         (alone,) = _run(llm, [PROMPT], BEAMS)
         longer = dataclasses.replace(BEAMS, max_tokens=24, length_penalty=0.0)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_models
 
-from jpaged import LLM, SamplingParams, model_runner
+from jpaged import LLM, SamplingParams, device_worker
 from jpaged.compile_plan import StepProgram, StepShape
 from jpaged.models.loader import load_model
 
@@ -237,8 +237,8 @@ def test_abort_frees_blocks_at_once_and_spares_the_others(llm, expected):
 
 @pytest.fixture
 def accelerator_shapes(monkeypatch):
-    shapes = functools.partial(model_runner.step_shapes, on_accelerator=True)
-    monkeypatch.setattr(model_runner, "step_shapes", lambda *args, **_: shapes(*args))
+    shapes = functools.partial(device_worker.step_shapes, on_accelerator=True)
+    monkeypatch.setattr(device_worker, "step_shapes", lambda *args, **_: shapes(*args))
 
 
 def _kinds_that_ran(llm):
@@ -279,14 +279,14 @@ def test_prompt_logprobs_keep_a_step_from_the_plain_programs(tiny_options, expec
 
 def test_the_pool_is_updated_in_place(llm):
     runner, num_blocks, num_layers = llm.engine.runner, 5000, 3
-    dims = runner.kv_spec.shape(num_blocks)
-    pool_bytes = num_blocks * runner.kv_spec.block_bytes
+    dims = runner.worker.kv_spec.shape(num_blocks)
+    pool_bytes = num_blocks * runner.worker.kv_spec.block_bytes
     for shape in (
         StepShape(4, 4, True),
         StepShape(4, 4, True, plain=True),
         StepShape(32, 4, False),
     ):
-        compiled = runner.step.lower(shape, num_blocks).compile()
+        compiled = runner.worker.step.lower(shape, num_blocks).compile()
         analysis = compiled.memory_analysis()
         assert analysis.alias_size_in_bytes >= pool_bytes * num_layers, "the whole pool is aliased"
         assert analysis.temp_size_in_bytes < pool_bytes / 4, "there is no room for a copy of it"

@@ -38,7 +38,7 @@ def _two_shapes(max_num_batched_tokens, max_num_seqs, **_):
 @pytest.fixture(scope="module", autouse=True)
 def _few_programs():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jpaged.model_runner.step_shapes", _two_shapes)
+        patch.setattr("jpaged.device_worker.step_shapes", _two_shapes)
         yield
 
 
@@ -182,7 +182,7 @@ def test_beam_search_answers_in_text(llm):
 def test_a_step_sorts_no_vocabulary_for_its_likeliest_tokens(llm):
     runner = llm.engine.runner
     shape = StepShape(OPTIONS["max_num_seqs"], OPTIONS["max_num_seqs"], True)
-    text = runner.step.lower(shape, runner.num_blocks).as_text()
+    text = runner.worker.step.lower(shape, runner.num_blocks).as_text()
     chosen_from = re.findall(r"top_k.*tensor<\d+x(\d+)xf32>\s*->", text)
     chosen_from += re.findall(r"stablehlo\.sort.*?->\s*\(?tensor<\d+x(\d+)x", text, re.DOTALL)
     assert len(chosen_from) >= 3, "of the tiles' maxima, of their places, of the best tiles"

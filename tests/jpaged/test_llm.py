@@ -218,7 +218,7 @@ def test_pools_lost_with_a_step_are_replaced(llm, expected, monkeypatch):
 
     def lose(scheduled):
         handle = dispatch(scheduled)
-        for array in (*runner._pools, runner._state.last_tokens):
+        for array in (*runner.worker.pools, runner.worker.state.last_tokens):
             array.delete()
         raise KeyboardInterrupt(handle)
 
@@ -290,6 +290,6 @@ def test_shutdown_lets_go_of_the_devices_memory(tiny_options):
     llm.shutdown()
     llm.shutdown()
     assert not [name for name in vars(runner) if name == "loaded"]
-    assert (runner._pools, runner._params, runner._state) == ((), None, None)
+    assert (runner.worker.pools, runner.worker.params, runner.worker.state) == ((), None, None)
     with pytest.raises(RuntimeError, match="the engine was shut down"):
         llm.validate_request(PROMPTS[0])

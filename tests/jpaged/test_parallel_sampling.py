@@ -6,7 +6,7 @@ import functools
 import numpy as np
 import pytest
 
-from jpaged import LLM, SamplingParams, model_runner
+from jpaged import LLM, SamplingParams, device_worker
 from jpaged.compile_plan import StepProgram
 
 _rng = np.random.RandomState(5)
@@ -192,8 +192,8 @@ def test_prompt_logprobs_are_those_of_a_single_sample(llm):
 def test_steps_with_copies_keep_from_the_programs_that_make_none(
     tiny_options, expected, monkeypatch
 ):
-    shapes = functools.partial(model_runner.step_shapes, on_accelerator=True)
-    monkeypatch.setattr(model_runner, "step_shapes", lambda *args, **_: shapes(*args))
+    shapes = functools.partial(device_worker.step_shapes, on_accelerator=True)
+    monkeypatch.setattr(device_worker, "step_shapes", lambda *args, **_: shapes(*args))
     with LLM(**tiny_options) as llm:
         assert _ids(_run(llm, DRAWN)) == _ids(expected[DRAWN])
         programs = llm.engine.runner.plan.programs
@@ -211,16 +211,16 @@ def test_copies_of_a_step_read_before_they_write(llm):
     copies = [(free[0], free[1]), (free[1], free[0]), (free[0], free[2])]
     for seq in scheduled.admitted:
         runner.admit(seq, request.engine_state.sampling, False)
-    runner._pools = tuple(
-        pool + _rng.standard_normal(pool.shape).astype(np.float32) for pool in runner._pools
+    runner.worker.pools = tuple(
+        pool + _rng.standard_normal(pool.shape).astype(np.float32) for pool in runner.worker.pools
     )
-    before = [np.array(pool) for pool in runner._pools]
+    before = [np.array(pool) for pool in runner.worker.pools]
     runner.dispatch(dataclasses.replace(scheduled, block_copies=copies)).result()
     engine.abort_request("r")
     while engine.has_unfinished:
         engine.step()
     assert len(before) > 1
-    for old, new in zip(before, runner._pools, strict=True):
+    for old, new in zip(before, runner.worker.pools, strict=True):
         want = old.copy()
         for src, dst in copies:
             want[dst] = old[src]

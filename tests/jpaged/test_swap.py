@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jpaged import LLM, SamplingParams, model_runner
+from jpaged import LLM, SamplingParams, device_worker
 from jpaged.request import SequenceStatus
 
 _rng = np.random.RandomState(5)
@@ -171,9 +171,9 @@ def test_aborting_what_is_swapped_out_leaves_nothing(tiny_options, roomy):
 
 def test_tokens_do_not_depend_on_the_layout_of_the_pool(monkeypatch, tiny_options, roomy):
     expected = _run(roomy, PROMPTS, GREEDY)
-    monkeypatch.setattr(model_runner, "preferred_layout", lambda head_dim: "merged")
+    monkeypatch.setattr(device_worker, "preferred_layout", lambda head_dim: "merged")
     with LLM(**tiny_options | SMALL, preemption_mode="swap") as llm:
-        spec = llm.engine.runner.kv_spec
+        spec = llm.engine.runner.worker.kv_spec
         assert spec.shape(1)[1::3] == (1, 2 * spec.head_dim)
         assert _run(llm, PROMPTS, GREEDY) == expected
         assert llm.stats().scheduler.num_swaps > 0
@@ -183,7 +183,7 @@ def test_tokens_do_not_depend_on_the_layout_of_the_pool(monkeypatch, tiny_option
 def test_a_pool_of_fp8_takes_less_memory_and_swaps_like_any_other(tiny_options, roomy):
     options = tiny_options | {"kv_cache_dtype": "fp8"}
     with LLM(**options) as llm:
-        spec, whole = llm.engine.runner.kv_spec, roomy.engine.runner.kv_spec
+        spec, whole = llm.engine.runner.worker.kv_spec, roomy.engine.runner.worker.kv_spec
         assert (spec.dtype, whole.dtype) == ("float8_e4m3fn", "float32")
         assert 4 * spec.block_bytes == whole.block_bytes
         expected = _run(llm, PROMPTS, GREEDY)
@@ -199,7 +199,9 @@ def test_a_pool_of_fp8_takes_less_memory_and_swaps_like_any_other(tiny_options, 
 def test_a_full_host_pool_means_computing_again(tiny_options, roomy):
     expected = _run(roomy, PROMPTS, GREEDY)
     with LLM(**tiny_options | SMALL, preemption_mode="swap") as llm:
-        block_bytes = llm.engine.runner.kv_spec.block_bytes * llm.engine.model_config.num_layers
+        block_bytes = (
+            llm.engine.runner.worker.kv_spec.block_bytes * llm.engine.model_config.num_layers
+        )
     gib = 4.5 * block_bytes / 2**30
     with LLM(**tiny_options | SMALL, preemption_mode="swap", swap_space=gib) as llm:
         assert llm.stats().scheduler.blocks.host_blocks == 4
@@ -283,7 +285,7 @@ def test_swapping_needs_no_compilation_after_warmup(tiny_options):
 
 def test_nothing_is_there_for_swapping_unless_it_is_asked_for(roomy):
     assert roomy.engine.block_manager.host is None
-    assert roomy.engine.runner._swapper is None
+    assert roomy.engine.runner.worker.swapper is None
     names = {program.name for program in roomy.compile_plan.programs}
     assert not any(name.startswith("swap") for name in names)
     assert roomy.stats().scheduler.blocks.host_blocks == 0

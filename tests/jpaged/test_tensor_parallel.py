@@ -158,21 +158,21 @@ def test_swapped_sequences_go_on_as_if_never(tiny_options):
 def test_a_device_holds_its_share_of_the_pool_and_it_is_updated_in_place(tiny_options):
     with LLM(**tiny_options, tensor_parallel_size=2) as llm:
         runner = llm.engine.runner
-        pool = next(iter(runner._pools))
+        pool = next(iter(runner.worker.pools))
         assert pool.shape[2] == 2
         assert {shard.data.shape[2] for shard in pool.addressable_shards} == {1}
-        analysis = runner.step.lower(StepShape(4, 4, True), 5000).compile().memory_analysis()
+        analysis = runner.worker.step.lower(StepShape(4, 4, True), 5000).compile().memory_analysis()
         assert analysis is not None
-        share = 5000 * runner.kv_spec.block_bytes
-        assert analysis.alias_size_in_bytes >= share * runner._num_layers
-        assert analysis.alias_size_in_bytes < 2 * share * runner._num_layers
+        share = 5000 * runner.worker.kv_spec.block_bytes
+        assert analysis.alias_size_in_bytes >= share * runner.worker.num_layers
+        assert analysis.alias_size_in_bytes < 2 * share * runner.worker.num_layers
         assert analysis.temp_size_in_bytes < share
 
 
 @here
 def test_dummy_weights_are_cut_too(tiny_options):
     with LLM(**tiny_options, tensor_parallel_size=2, load_format="dummy") as llm:
-        params = llm.engine.runner._params
+        params = llm.engine.runner.worker.params
         assert params is not None
         leaf = params["layers"][0]["mlp"]["gate_up_proj"]["kernel"]
         assert isinstance(leaf.sharding, NamedSharding)

@@ -37,6 +37,6 @@ def test_only_the_rows_named_get_a_mask(count):
             assert out.flags.c_contiguous
             out[:] = new
 
-        allowed = masks.send(allowed, rows, fill, programs.__getitem__)
+        allowed = masks.send(allowed, *masks.fill(rows, fill), programs.__getitem__)
         want[rows] = new
         np.testing.assert_array_equal(np.asarray(allowed), want)
