@@ -24,9 +24,9 @@ def _vocabulary() -> list[str]:
     return vocabulary + [f"<extra{i}>" for i in range(size - len(vocabulary))]
 
 
-def write_model(directory: Path) -> str:
-    """Writes the checkpoint and returns its folder."""
-    tiny_models.write_checkpoint(directory, tiny_models.CASES["llama_gqa_llama3"])
+def write_model(directory: Path, **others: Any) -> str:
+    """Writes the checkpoint, with other fields of its config, and returns its folder."""
+    tiny_models.write_checkpoint(directory, tiny_models.CASES["llama_gqa_llama3"] | others)
     vocabulary = {piece: i for i, piece in enumerate(_vocabulary())}
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], fuse_unk=False))
     backend.pre_tokenizer = _byte_level

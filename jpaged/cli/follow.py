@@ -14,11 +14,12 @@ def is_wanted(args: argparse.Namespace) -> bool:
     Raises:
         ValueError: An option is wrong, or the hosts cannot be told apart.
     """
-    if engine.engine_options(args).get("nnodes", 1) == 1:
+    if not {"nnodes", "node_rank", "master_addr"} & engine.engine_options(args).keys():
         return False
     from jpaged.multihost.location import locate
 
-    return locate(_config(args)).rank > 0
+    config = _config(args)
+    return config.nnodes > 1 and locate(config).rank > 0
 
 
 def run(args: argparse.Namespace) -> int:

@@ -54,8 +54,20 @@ class _Following:
         self._location = location
         self._leader = f"the host of rank 0 ({location.leader}:{location.port})"
         self._connection = _connect(location)
+        try:
+            told = self._join(config)
+        except BaseException:
+            self._connection.close()
+            raise
+        self._config = dataclasses.replace(config, **told)
+        agreement.prepare(self._connection)
+        self._calls: queue.SimpleQueue[tuple[str, list[Any]]] = queue.SimpleQueue()
+        self._steps: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def _join(self, config: EngineConfig) -> dict[str, Any]:
+        """What the leader tells of its config once all hosts are there."""
         facts = list(agreement.facts(config).items())
-        self._connection.sendall(channel.encode("hello", location.rank, facts))
+        self._connection.sendall(channel.encode("hello", self._location.rank, facts))
         # The others may take their time.
         self._connection.settimeout(JOIN_TIMEOUT_S)
         try:
@@ -64,10 +76,7 @@ class _Following:
             raise RuntimeError(f"{self._leader} has not taken this one: {error}") from error
         if call == "failed":
             raise ValueError(told)
-        self._config = dataclasses.replace(config, **dict(told))
-        agreement.prepare(self._connection)
-        self._calls: queue.SimpleQueue[tuple[str, list[Any]]] = queue.SimpleQueue()
-        self._steps: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        return dict(told)
 
     def run(self) -> None:
         """Makes the calls until the last."""

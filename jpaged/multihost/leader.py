@@ -76,6 +76,8 @@ class _Follower:
                         return
         except (OSError, ValueError):
             self._on_lost(self, "is gone")
+        finally:
+            self.connection.close()
 
 
 class Leader:

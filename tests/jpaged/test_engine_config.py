@@ -4,6 +4,8 @@ import pytest
 
 from jpaged import EngineConfig, platform
 
+_TWO = {"nnodes": 2, "tensor_parallel_size": 2}
+
 
 def test_defaults_are_valid_and_frozen():
     config = EngineConfig()
@@ -44,6 +46,19 @@ def test_defaults_are_valid_and_frozen():
             {"host_cache": True, "enable_prefix_caching": False},
             "host_cache needs enable_prefix_caching=True",
         ),
+        ({"nnodes": 0}, "nnodes must be an integer of at least 1, got 0"),
+        ({"node_rank": 0}, "node_rank needs nnodes above 1, got 0"),
+        ({"master_addr": "a"}, "master_addr needs nnodes above 1, got 'a'"),
+        (_TWO | {"node_rank": 0}, "node_rank and master_addr must be given both or, on TPU VMs"),
+        (_TWO | {"master_addr": "a"}, "neither, got node_rank=None, master_addr='a'"),
+        (
+            _TWO | {"node_rank": 2, "master_addr": "a"},
+            r"node_rank must be in \[0, nnodes - 1 = 1\]",
+        ),
+        (_TWO | {"node_rank": -1, "master_addr": "a"}, "node_rank must be an integer of at least"),
+        (_TWO | {"master_port": 65535}, r"master_port must be in \[1, 65534\], got 65535"),
+        (_TWO | {"master_port": 0}, "master_port must be an integer of at least 1, got 0"),
+        ({"nnodes": 2}, "tensor_parallel_size must be a multiple of nnodes=2, got 1"),
         ({"swap_space": 1.0}, 'swap_space needs preemption_mode="swap" or "auto", or host_cache'),
         ({"swap_space": 0}, "swap_space must be GiB in .0, the host's memory., got swap_space=0 w"),
         ({"swap_space": -1.0}, "swap_space must be GiB in"),

@@ -6,6 +6,7 @@ The host's processor is four devices in a process of its own, which runs this fi
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -183,6 +184,39 @@ def test_dummy_weights_are_cut_too(tiny_options):
 def test_more_devices_than_there_are_are_refused():
     with pytest.raises(ValueError, match="must be at most the 4 devices that JAX sees, got 5"):
         make_mesh(5)
+
+
+def _devices(*hosts):
+    """Devices of hosts, each with a number of its own."""
+    return [types.SimpleNamespace(id=i, process_index=host) for i, host in enumerate(hosts)]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "size", "ids"),
+    [
+        ((0, 0, 1, 1), 4, [0, 1, 2, 3]),
+        ((0, 1, 0, 1), 4, [0, 1, 2, 3]),
+        ((0, 0, 1, 1), 2, [0, 2]),
+        ((0, 0, 1, 1, 1, 0), 4, [0, 1, 2, 3]),
+    ],
+)
+def test_every_host_has_as_many_devices_of_a_mesh(hosts, size, ids, monkeypatch):
+    monkeypatch.setattr(jax.sharding, "Mesh", lambda devices, names: devices)
+    mesh = make_mesh(size, _devices(*hosts), num_hosts=2)
+    assert [device.id for device in mesh] == ids  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "size", "text"),
+    [
+        ((0, 0, 0), 2, "nnodes must be the 1 hosts whose devices JAX sees, got 2"),
+        ((0, 0, 1, 1), 3, "tensor_parallel_size must be a multiple of nnodes=2 and at most 4"),
+        ((0, 0, 0, 1), 4, "nnodes=2 and at most 2, with 1 devices on a host, got 4"),
+    ],
+)
+def test_hosts_that_do_not_fit_a_mesh_are_refused(hosts, size, text):
+    with pytest.raises(ValueError, match=text):
+        make_mesh(size, _devices(*hosts), num_hosts=2)
 
 
 @pytest.mark.parametrize("size", [3, 5, 8, 0])
