@@ -355,7 +355,7 @@ class _Planner:
                 f"devices: {plan.replicas} servers; sequences and tokens/s are of all of them"
             )
         if target.num_hosts > 1:
-            notes.append(f"{target.num_hosts} hosts: jpaged does not serve across hosts yet")
+            notes.append(_hosts_note(plan))
         if not target.device.has_kernels:
             notes.append("attention runs in plain XLA there, far slower than assumed")
         if target.device.platform == "tpu" and self._config.head_dim not in (64, 128, 256):
@@ -377,6 +377,17 @@ class _Planner:
     def _dtype(self, target: Target) -> str:
         dtype = self._options.dtype
         return target.device.dtype if dtype == "auto" else dtype
+
+
+def _hosts_note(plan: TargetPlan) -> str:
+    num_hosts = plan.target.num_hosts
+    if plan.replicas > 1:
+        return (
+            f"{num_hosts} hosts: one slice runs one server, so these {plan.replicas} need as many "
+            "smaller slices"
+        )
+    where = "" if plan.target.device.platform == "tpu" else " --node-rank R --master-addr A"
+    return f"{num_hosts} hosts: every one runs the same command, with --nnodes {num_hosts}{where}"
 
 
 def _tensor_parallel_size(config: ModelConfig, num_devices: int) -> int:

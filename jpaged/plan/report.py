@@ -62,6 +62,8 @@ def command(plan: Plan, target: TargetPlan) -> str:
         words += ["--model", plan.options.model]
     if target.tensor_parallel_size > 1:
         words += ["--tensor-parallel-size", str(target.tensor_parallel_size)]
+    if target.target.num_hosts > 1 and target.replicas == 1:
+        words += ["--nnodes", str(target.target.num_hosts)]
     if plan.options.dtype != "auto":
         words += ["--dtype", plan.options.dtype]
     words += [

@@ -20,6 +20,10 @@ GIB = 2**30
 MIB = 2**20
 
 
+CHIPS_OF_SLICE_HOST = 4
+"""TPU chips of a host of a slice of several, whatever one host alone may have."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
     """One device as JAX counts them, and how they make a machine.
@@ -212,7 +216,12 @@ class Target:
     @property
     def num_hosts(self) -> int:
         """Hosts that hold its chips."""
-        return -(-self.num_chips // self.device.chips_of_host)
+        if self.num_chips <= self.device.chips_of_host:
+            return 1
+        is_slice = self.device.platform == "tpu"
+        return -(
+            -self.num_chips // (CHIPS_OF_SLICE_HOST if is_slice else self.device.chips_of_host)
+        )
 
     @property
     def accelerator_type(self) -> str:

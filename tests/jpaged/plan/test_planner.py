@@ -187,7 +187,12 @@ def test_heads_that_no_tpu_kernel_serves_are_said(jobs):
 
 
 def test_several_hosts_are_said(jobs):
-    assert any("2 hosts" in note for note in only(["v6e-16"]).notes)
+    note = "4 hosts: every one runs the same command, with --nnodes 4"
+    assert note in only(["v6e-16"]).notes
+    [tiny] = make_plan("tiny", ["v6e-16"]).targets
+    assert (
+        "4 hosts: one slice runs one server, so these 4 need as many smaller slices" in tiny.notes
+    )
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,16 @@ def test_the_text():
     assert refused.endswith("--target t4-2 should do")
 
 
+def test_a_slice_of_several_hosts_has_a_process_on_each():
+    plan = plan_of_three()
+    v5e = dataclasses.replace(
+        plan.targets[1], target=parse_target("v5e-16"), tensor_parallel_size=16, replicas=1
+    )
+    command = "jpaged serve --model llama-3-8b --tensor-parallel-size 16 --nnodes 4 --max-model-len"
+    assert report.command(plan, v5e).startswith(command)
+    assert "--nnodes" not in report.command(plan, plan.targets[1])
+
+
 def test_the_json_has_every_figure():
     found = json.loads(json.dumps(report.as_json(plan_of_three())))
     assert (found["model"], found["context_len"]) == ("llama-3-8b", 1024)

@@ -10,7 +10,8 @@ from jpaged.plan.targets import DEFAULT_TARGETS, DEVICES, known_targets, parse_t
     [
         ("v5e-1", 1, 1, 1, "v5e:1x1", "v5litepod-1"),
         ("v5e-8", 8, 8, 1, "v5e:2x4", "v5litepod-8"),
-        ("v6e-16", 16, 16, 2, "v6e:4x4", "v6e-16"),
+        ("v6e-16", 16, 16, 4, "v6e:4x4", "v6e-16"),
+        ("v5e-32", 32, 32, 8, "v5e:4x8", "v5litepod-32"),
         ("v5p-8", 4, 4, 1, "v5p:2x2x1", "v5p-8"),
         ("tpu7x-8", 8, 4, 1, "tpu7x:2x2x1", "tpu7x-8"),
         ("v5p:4x4x4", 64, 64, 16, "v5p:4x4x4", "v5p-128"),
