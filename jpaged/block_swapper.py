@@ -181,16 +181,20 @@ class BlockSwapper:
         """
         num_places = len(self._blocks) - 1
         shape = (num_places * self._num_layers, *self._spec.shape(1)[1:])
-        zeros = np.zeros(shape, self._spec.dtype)
+        num_bytes = num_places * self._num_layers * self._spec.block_bytes
         try:
             if self._host_memory is not None:
-                jax.block_until_ready(jax.device_put(zeros, self._host_memory)).delete()
+                share = self._host_memory.shard_shape(shape)
+                taken = jax.make_array_from_callback(
+                    shape, self._host_memory, lambda _: np.zeros(share, self._spec.dtype)
+                )
+                jax.block_until_ready(taken).delete()
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             raise ValueError(
                 f"swap_space must fit in the host memory that the device can use, and "
-                f"{zeros.nbytes / 2**30:.1f} GiB do not: {str(error).splitlines()[0]}"
+                f"{num_bytes / 2**30:.1f} GiB do not: {str(error).splitlines()[0]}"
             ) from error
-        logger.info("host pool: %d blocks, %.0f MB", num_places, zeros.nbytes / 1e6)
+        logger.info("host pool: %d blocks, %.0f MB", num_places, num_bytes / 1e6)
 
     # Programs.
 

@@ -45,7 +45,14 @@ _OWN = ("node_rank", "master_addr", "master_port", "compilation_cache_dir")
 END_TIMEOUT_S = 60
 """How long hosts wait for each other at the end: for a compilation under way."""
 _LOSS_GRACE_S = 10
-_KEEP_ALIVE = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
+# Seconds and counts, so that a silent host is noticed after 20 s; the last, in milliseconds, is for
+# a host to which something was sent.
+_KEEP_ALIVE = (
+    ("TCP_KEEPIDLE", 5),
+    ("TCP_KEEPINTVL", 5),
+    ("TCP_KEEPCNT", 3),
+    ("TCP_USER_TIMEOUT", 20_000),
+)
 
 
 def facts(config: EngineConfig) -> dict[str, Any]:

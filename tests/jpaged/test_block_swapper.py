@@ -150,10 +150,16 @@ def test_a_backend_without_host_memory_uses_numpy(monkeypatch):
 
 def test_memory_may_be_taken_at_once(monkeypatch):
     taken = []
-    device_put = jax.device_put
-    monkeypatch.setattr(jax, "device_put", lambda x, *args: taken.append(x) or device_put(x, *args))
+    make = jax.make_array_from_callback
+
+    def note(*args):
+        taken.append(make(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(jax, "make_array_from_callback", note)
     swapper = Swapper(reserve=True)
     (array,) = taken
+    assert array.is_deleted()
     assert array.nbytes == NUM_PLACES * swapper.swapper._spec.block_bytes * NUM_LAYERS
     swapper.swap_out([(1, 5)])
     swapper.swap_in([(5, 2)])
@@ -161,10 +167,10 @@ def test_memory_may_be_taken_at_once(monkeypatch):
 
 
 def test_too_much_host_memory_is_refused(monkeypatch):
-    def device_put(*_):
+    def make(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no more\nmore lines")
 
-    monkeypatch.setattr(jax, "device_put", device_put)
+    monkeypatch.setattr(jax, "make_array_from_callback", make)
     with pytest.raises(
         ValueError, match=r"^swap_space must fit .* 0\.0 GiB do not: RESOURCE.*more$"
     ):
