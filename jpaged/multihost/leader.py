@@ -98,7 +98,7 @@ class Leader:
     def __init__(self, config: EngineConfig, location: Location) -> None:
         self._changed = threading.Condition()
         self._lost: str | None = None
-        self._is_unequal = False
+        self._is_between = self._has_failed = False
         self._is_closed = False
         self._on_lost: Callable[[], None] = lambda: None
         self._followers = _gather(config, location)
@@ -119,6 +119,11 @@ class Leader:
     def is_lost(self) -> bool:
         """Whether one of the hosts is gone."""
         return self._lost is not None
+
+    @property
+    def _is_unequal(self) -> bool:
+        """Whether hosts may not be where this one is: a call was cut short, or a step failed."""
+        return self._is_between or self._has_failed
 
     def on_lost(self, wake: Callable[[], None]) -> None:
         """Has `wake` called, in some thread, when a host is gone."""
@@ -156,14 +161,14 @@ class Leader:
     def together(self, call: str, *args: Any) -> Iterator[None]:
         """Has the other hosts make the call that is made within; if that fails, nothing goes on."""
         self.check()
-        self._is_unequal = True
+        self._is_between = True
         self._tell(call, *args)
         try:
             yield
         except Exception:
             self._explain()
             raise
-        self._is_unequal = False
+        self._is_between = False
 
     def wait(self, array: jax.Array) -> None:
         """Returns when an array is there.
@@ -176,7 +181,7 @@ class Leader:
             number = self._num_asked
             self._steps.put(array)
             self._changed.wait_for(lambda: self._num_ready >= number or self._lost is not None)
-        if self._is_unequal:
+        if self._has_failed:
             self._explain()
             return  # whoever reads the step meets its error
         self.check()
@@ -252,7 +257,7 @@ class Leader:
             try:
                 array.block_until_ready()
             except Exception:
-                self._is_unequal = True
+                self._has_failed = True
             with self._changed:
                 self._num_ready += 1
                 self._changed.notify_all()

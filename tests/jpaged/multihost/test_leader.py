@@ -84,7 +84,14 @@ def together(location):
     with connection:
         assert channel.receive(connection)[0] == "welcome"
         yield found, connection
+    _forget(found)
+
+
+def _forget(found):
+    """Waits until a leader has noticed that its followers are gone."""
     atexit.unregister(found._at_exit)
+    for other in found._followers:
+        other._receiver.join(TIMEOUT_S)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +162,7 @@ def test_strangers_are_sent_away(location):
     with _connected(location, 1):
         found = starting()
         assert isinstance(found, Leader)
-        atexit.unregister(found._at_exit)
+    _forget(found)
 
 
 def test_calls_come_in_order_and_figures_by_rank(together):
@@ -208,6 +215,21 @@ def test_a_step_that_is_there_is_waited_for_no_longer(together):
     waiting = _in_thread(found.wait, step)
     step.done.set()
     assert waiting() is None
+
+
+def test_a_step_that_failed_ends_the_engine_unless_a_host_is_why(together, monkeypatch):
+    monkeypatch.setattr(leader, "_EXPLANATION_S", 0.01)
+    found, connection = together
+    step = _Step()
+    step.block_until_ready = lambda: 1 // 0
+    with found.together("run"):
+        found.wait(step)  # its error is for whoever reads it
+    with pytest.raises(RuntimeError, match="a call that may have failed on some hosts has ended"):
+        found.check()
+    monkeypatch.setattr(leader, "_EXPLANATION_S", TIMEOUT_S)
+    waiting = _in_thread(found.wait, step)
+    connection.close()
+    assert str(waiting()) == "the host of rank 1 (127.0.0.1) is gone"
 
 
 def test_what_ended_a_host_is_told(together):
