@@ -18,7 +18,6 @@ import numpy as np
 
 from jpaged.models.config import ModelConfig
 from jpaged.models.rope_scaling import RopeScaling
-from jpaged.models.weights import ALL
 
 # llama also covers Mistral; its converters interleave the rows of q and k, the others do not.
 FAMILIES: Mapping[str, str] = {
@@ -58,6 +57,7 @@ _SCALARS = {
     12: "d",
 }
 _STRING, _ARRAY = 8, 9
+_ALL = slice(None)
 _PAIRED = (".self_attn.q_proj.", ".self_attn.k_proj.")
 # 1 MiB of quantised bytes at a time keeps NumPy's temporaries in cache and frees the interpreter
 # lock, so that threads help.
@@ -166,7 +166,7 @@ class GGUFFile:
         return values.tolist()
 
     def rows(
-        self, name: str, multiple: int = 1, rows: slice = ALL
+        self, name: str, multiple: int = 1, rows: slice = _ALL
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yields a tensor, or some rows and their neighbours, in chunks of a multiple of rows."""
         shape, kind, offset, num_bytes = self.tensors[name]
@@ -218,7 +218,7 @@ class GGUFSource:
         return f"{self.location}: tensor {own!r}"
 
     def rows(
-        self, name: str, rows: slice = ALL, columns: slice = ALL
+        self, name: str, rows: slice = _ALL, columns: slice = _ALL
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yields a tensor, or what is wanted of it, in chunks of its first axis."""
         own, size = self._names[name], self._head_dim
@@ -228,7 +228,7 @@ class GGUFSource:
                 rest = chunk.shape[1:]
                 pairs = chunk.reshape(-1, size // 2, 2, *rest)
                 chunk = pairs.swapaxes(1, 2).reshape(-1, *rest)
-            yield start, chunk if columns == ALL else chunk[:, columns]
+            yield start, chunk if columns == _ALL else chunk[:, columns]
 
 
 def read_config(file: GGUFFile) -> ModelConfig:

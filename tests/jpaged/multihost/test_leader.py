@@ -192,6 +192,11 @@ class _Step:
         assert self.done.wait(TIMEOUT_S)
 
 
+class _FailingStep:
+    def block_until_ready(self):
+        raise ZeroDivisionError
+
+
 def test_a_lost_host_ends_the_wait_for_a_step(together, ends):
     found, connection = together
     woken = threading.Event()
@@ -220,8 +225,7 @@ def test_a_step_that_is_there_is_waited_for_no_longer(together):
 def test_a_step_that_failed_ends_the_engine_unless_a_host_is_why(together, monkeypatch):
     monkeypatch.setattr(leader, "_EXPLANATION_S", 0.01)
     found, connection = together
-    step = _Step()
-    step.block_until_ready = lambda: 1 // 0
+    step = _FailingStep()
     with found.together("run"):
         found.wait(step)  # its error is for whoever reads it
     with pytest.raises(RuntimeError, match="a call that may have failed on some hosts has ended"):

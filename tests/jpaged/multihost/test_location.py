@@ -54,7 +54,7 @@ def test_a_tpu_vm_is_told_by_its_metadata_server(workers, monkeypatch):
             self.end_headers()
             self.wfile.write(answers.get(self.path, "").encode())
 
-        def log_message(self, *_):
+        def log_message(self, format, *args):
             pass
 
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
