@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 import threading
-import time
 from typing import Any, NoReturn
 
 import jaxlib.version
@@ -132,14 +131,12 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def end_process_soon(after_s: float = _LOSS_GRACE_S) -> None:
-    """Ends the process in a while whatever it waits for, with exit code 1."""
-
-    def end() -> None:
-        time.sleep(after_s)
-        end_process(1)
-
-    threading.Thread(target=end, name="jpaged-end", daemon=True).start()
+def end_process_soon(after_s: float = _LOSS_GRACE_S) -> threading.Timer:
+    """Ends the process in a while whatever it waits for, with exit code 1, unless cancelled."""
+    timer = threading.Timer(after_s, end_process, (1,))
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def one_line(error: BaseException) -> str:

@@ -63,6 +63,7 @@ class _Following:
         agreement.prepare(self._connection)
         self._calls: queue.SimpleQueue[tuple[str, list[Any]]] = queue.SimpleQueue()
         self._steps: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._end: threading.Timer | None = None
 
     def _join(self, config: EngineConfig) -> dict[str, Any]:
         """What the leader tells of its config once all hosts are there."""
@@ -100,6 +101,9 @@ class _Following:
         worker.shutdown()
         self._connection.sendall(channel.encode("ended"))
         agreement.stop_jax()
+        self._connection.close()
+        if self._end is not None:
+            self._end.cancel()
         logger.info("the leader has ended")
 
     def fail(self, error: Exception) -> None:
@@ -145,9 +149,10 @@ class _Following:
                 if call == "failed":
                     logger.critical("%s has ended with an error: %s", self._leader, args[0])
                     agreement.end_process(1)
+                if call == "shutdown":
+                    self._end = agreement.end_process_soon(agreement.END_TIMEOUT_S)
                 self._calls.put((call, args))
                 if call == "shutdown":
-                    agreement.end_process_soon(agreement.END_TIMEOUT_S)
                     return
         except (OSError, ValueError):
             logger.critical("%s is gone; this one ends too", self._leader)
