@@ -25,6 +25,8 @@ from jpaged.pallas_kernels.kv_cache_layout import Layout
 from jpaged.pallas_kernels.paged_attention import mosaic_tpu, reference
 from jpaged.pallas_kernels.paged_attention.cases import CASES, Case, make
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 INT8, FP8 = jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn)
 LARGEST = {INT8: 127, FP8: 448}
 K_SCALE, V_SCALE = [0.03, 0.05], [0.04, 0.01]

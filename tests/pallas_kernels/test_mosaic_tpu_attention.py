@@ -11,13 +11,17 @@ from jpaged.pallas_kernels import KVCacheSpec, paged_attention
 from jpaged.pallas_kernels.paged_attention import mosaic_tpu, reference
 from jpaged.pallas_kernels.paged_attention.cases import CASES, Case, make
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # As test_paged_attention.py: sums in another order; rounded weights and outputs.
 TOLERANCES = {jnp.float32: 2e-5, jnp.bfloat16: 3e-2}
 # Tiles of 32 tokens, so that contexts take several of them.
 TILE_TOKENS = 32
+# The fewest rows of a chunk's tile that always lie along lanes.
+CHUNK_ROWS = 256
 
 
-def _run(case, dtype, **options):
+def _run(case, dtype, *, chunk_rows=CHUNK_ROWS, **options):
     # The layouts that a pool has on a TPU.
     arrays = make(case, dtype, layout="merged" if case.head_dim == 64 else "split")
     options |= {
@@ -31,7 +35,9 @@ def _run(case, dtype, **options):
     out = mosaic_tpu.paged_attention(
         **arrays,
         **options,
-        sizes=mosaic_tpu.TileSizes(kv_bytes=max(TILE_TOKENS, case.block_size) * token_bytes),
+        sizes=mosaic_tpu.TileSizes(
+            kv_bytes=max(TILE_TOKENS, case.block_size) * token_bytes, chunk_rows=chunk_rows
+        ),
         interpret=tpu_interpreter(),
     )
     assert_no_races()
@@ -87,7 +93,7 @@ def test_tiles_that_need_no_mask_and_others_in_a_window(num_kv_heads):
         sliding_window=330,
         soft_cap=4.0,
     )
-    _run(case, jnp.float32)
+    _run(case, jnp.float32, chunk_rows=512)
 
 
 def test_nothing_to_do():

@@ -14,6 +14,8 @@ from jpaged.pallas_kernels import (
 )
 from jpaged.pallas_kernels.kv_cache_layout import Layout
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def _normal(*shape, dtype, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.dtype(dtype))
