@@ -1,8 +1,9 @@
 """The step: one jitted function of parameters, pools, sampler state and a packed batch.
 
 It is all that touches the pools. Over several devices the whole of it runs in one `shard_map`:
-every device has its heads' share of weights and pools, and the same batch, logits and sampler state
-as the others, so that what it sums and gathers is all that it exchanges.
+every device has its heads' share of weights and pools, the same batch and sampler state as the
+others, and samples its share of the rows: sums, gathered tokens and logits traded for rows are all
+that it exchanges.
 """
 
 from typing import Any
