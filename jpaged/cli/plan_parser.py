@@ -6,6 +6,7 @@ nothing runs.
 
 import argparse
 
+from jpaged.plan.shapes import SHAPES
 from jpaged.plan.targets import DEFAULT_TARGETS
 
 PLAN_EXAMPLES = """\
@@ -38,8 +39,7 @@ def add_plan_arguments(command: argparse.ArgumentParser, prefix: str) -> None:
         dest=f"{prefix}model",
         metavar="MODEL",
         help="a directory, a .gguf file, a config.json, a hub id (only its config is fetched) or "
-        "a shape: llama-3-8b, llama-3-70b, qwen3-8b, qwen3-32b, tiny (default: the embedded "
-        "SmolLM2-135M-Instruct)",
+        f"a shape: {', '.join(SHAPES)} (default: the embedded SmolLM2-135M-Instruct)",
     )
     command.add_argument(
         "-t",

@@ -41,6 +41,24 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 8,
         "head_dim": 128,
     },
+    "llama-3.1-405b": _LLAMA
+    | {
+        "vocab_size": 128256,
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_hidden_layers": 126,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131_072,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
     "qwen3-8b": _QWEN3
     | {
         "vocab_size": 151936,
