@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
@@ -62,19 +63,31 @@ class Compiled:
         weight_bytes: Of the weights, as they lie in the arguments.
         pool_bytes: Of the pools.
         argument_bytes: Of all arguments: weights, pools, the sampler's state, the batch.
-        temp_bytes: Of what the step needs beside them.
+        output_bytes: Of all that comes out, what is updated in place included.
+        alias_bytes: Of what is updated in place.
+        temp_bytes: Of what the step needs beside its arguments.
         code_bytes: Of the program.
         cycles: The compiler's estimate of a run, kernels and collectives left out.
-        compile_s: How long it took.
+        kernels: How often each of our kernels stands in the program, by name.
+        kernel_vmem_bytes: VMEM of the kernel that has the most.
+        collectives: How often devices exchange something, by how they do.
+        lower_s: How long tracing and lowering took.
+        compile_s: How long the compiler took.
         error: Why there is no program, in the compiler's words; nothing else holds then.
     """
 
     weight_bytes: int = 0
     pool_bytes: int = 0
     argument_bytes: int = 0
+    output_bytes: int = 0
+    alias_bytes: int = 0
     temp_bytes: int = 0
     code_bytes: int = 0
     cycles: int = 0
+    kernels: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    kernel_vmem_bytes: int = 0
+    collectives: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    lower_s: float = 0.0
     compile_s: float = 0.0
     error: str = ""
 
@@ -101,6 +114,7 @@ def compile_step(job: Job) -> Compiled:
     from jpaged.models.causal_lm import CausalLM
     from jpaged.models.sharding import make_mesh
     from jpaged.pallas_kernels import KVCacheSpec, preferred_layout, set_target_platform
+    from jpaged.plan import program
     from jpaged.plan.cycles import estimated_cycles
     from jpaged.plan.models import read_model
     from jpaged.step import StepFunction
@@ -129,25 +143,37 @@ def compile_step(job: Job) -> Compiled:
     shape = StepShape(job.num_tokens, job.num_seqs, job.decode_only, job.plain)
     start = time.perf_counter()
     lowered = step.lower(shape, job.num_blocks, platform="tpu")
+    lower_s = time.perf_counter() - start
+    start = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if OUT_OF_MEMORY not in str(error):
             raise
-        return Compiled(error=str(error).splitlines()[0], compile_s=time.perf_counter() - start)
+        return Compiled(
+            error=str(error).splitlines()[0],
+            lower_s=lower_s,
+            compile_s=time.perf_counter() - start,
+        )
     compile_s = time.perf_counter() - start
     analysis = compiled.memory_analysis()
     assert analysis is not None, "the TPU compiler told no memory"
-    text = compiled.as_text()
+    text = compiled.as_text() or ""
     not_aliased = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return Compiled(
         weight_bytes=_share_bytes(model.abstract_params, model.param_specs, mesh),
         pool_bytes=spec.block_bytes * job.num_blocks * model.config.num_layers,
         argument_bytes=analysis.argument_size_in_bytes,
+        output_bytes=analysis.output_size_in_bytes,
+        alias_bytes=analysis.alias_size_in_bytes,
         # As the engine counts it (`StepFunction.temp_bytes`).
         temp_bytes=analysis.temp_size_in_bytes + max(not_aliased, 0),
         code_bytes=analysis.generated_code_size_in_bytes,
-        cycles=estimated_cycles(text or ""),
+        cycles=estimated_cycles(text),
+        kernels=program.kernels(text),
+        kernel_vmem_bytes=program.kernel_vmem_bytes(text),
+        collectives=program.collectives(text),
+        lower_s=lower_s,
         compile_s=compile_s,
     )
 
