@@ -122,6 +122,11 @@ def step_shapes(
     return (*first_plain, *first, *rest, *rest_plain)
 
 
+def largest_shape(shapes: Iterable[StepShape]) -> StepShape:
+    """The step that needs the most memory beside its arguments: the pool is sized by it."""
+    return max(shapes, key=lambda s: (s.num_tokens, s.num_seqs, not s.plain))
+
+
 def _shapes(
     decodes: list[int],
     seq_sizes: list[int],

@@ -19,7 +19,13 @@ from numpy.typing import NDArray
 
 from jpaged import memory, platform, sampler, structured_outputs
 from jpaged.block_swapper import BlockSwapper
-from jpaged.compile_plan import CompilePlan, StepProgram, StepShape, step_shapes
+from jpaged.compile_plan import (
+    CompilePlan,
+    StepProgram,
+    StepShape,
+    largest_shape,
+    step_shapes,
+)
 from jpaged.config import SchedulerConfig
 from jpaged.engine_config import EngineConfig
 from jpaged.models.loader import LoadedModel, load_model
@@ -158,7 +164,7 @@ class DeviceWorker:
     ) -> None:
         num_layers = self.num_layers
         beside = BlockSwapper.device_bytes(self.kv_spec, num_layers) if config.swaps else 0
-        largest = max(self.shapes, key=lambda s: (s.num_tokens, s.num_seqs, not s.plain))
+        largest = largest_shape(self.shapes)
         devices = jax.local_devices()[:1] if loaded.mesh is None else loaded.mesh.local_devices
         num_blocks = memory.num_blocks(
             config,

@@ -1,10 +1,9 @@
-"""Compiles steps of the engine for TPUs that are not there: one process, one kind of TPU.
+"""Compiles a step of the engine for TPUs that are not there.
 
-    python -m jpaged.plan.compile_target < jobs.jsonl
+    python -m jpaged.plan.compile_target < job.json
 
 libtpu reads its environment once, as it is loaded, so that every target needs a process of its own.
-A job is one line of JSON (`Job`), and so is what came of it (`Compiled`); jobs may be written one
-by one.
+The job is a JSON object (`Job`), and so is what came of it (`Compiled`).
 """
 
 import dataclasses
@@ -189,11 +188,10 @@ def _share_bytes(params: Any, specs: Any, mesh: Any) -> int:
 
 
 def main() -> None:
-    """Reads jobs and writes what came of them until there are no more."""
-    for line in sys.stdin:
-        job = Job(**json.loads(line))
-        os.environ.update(environment(job))
-        print(json.dumps(dataclasses.asdict(compile_step(job))), flush=True)
+    """Reads a job and writes what came of it."""
+    job = Job(**json.load(sys.stdin))
+    os.environ.update(environment(job))
+    print(json.dumps(dataclasses.asdict(compile_step(job))))
 
 
 if __name__ == "__main__":

@@ -1,70 +1,35 @@
-"""A process that compiles for one target, from the side that asks it."""
+"""Compiling for a target, from the side that asks for it: every program in a process of its own."""
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
 import subprocess
 import sys
-import tempfile
-from typing import Self
 
 from jpaged.plan.compile_target import Compiled, Job, environment
 
 
-class TargetCompiler:
-    """Compiles jobs of one target in a process of its own, one after the other."""
+def compile_job(job: Job) -> Compiled:
+    """Compiles a step; takes a core for as long as it runs.
 
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed on exit
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._errors.close()
-        if self._process is None:
-            return
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None, "started with both"
-            with contextlib.suppress(BrokenPipeError):  # what it did not read anymore
-                pipe.close()
-
-    def compile(self, job: Job) -> Compiled:
-        """Compiles a step.
-
-        Raises:
-            RuntimeError: The compiler is not installed, or the process ended.
-        """
-        if self._process is None:
-            check_installed()
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "jpaged.plan.compile_target"],
-                env=os.environ | environment(job),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                text=True,
-            )
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None, "started with both"
-        assert stdout is not None, "started with both"
-        try:
-            print(json.dumps(dataclasses.asdict(job)), file=stdin, flush=True)
-            answer = stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            self._process.wait()
-            self._errors.seek(0)
-            lines = self._errors.read().strip().splitlines() or ["it said nothing"]
-            where = f"compiling for {job.topology_name} failed"
-            raise RuntimeError("\n".join((f"{where}: {lines[-1]}", *lines)))
-        return Compiled(**json.loads(answer))
+    Raises:
+        RuntimeError: The compiler is not installed, or the process ended.
+    """
+    check_installed()
+    done = subprocess.run(
+        [sys.executable, "-m", "jpaged.plan.compile_target"],
+        env=os.environ | environment(job),
+        input=json.dumps(dataclasses.asdict(job)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode or not done.stdout:
+        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        where = f"compiling for {job.topology_name} failed"
+        raise RuntimeError("\n".join((f"{where}: {lines[-1]}", *lines)))
+    return Compiled(**json.loads(done.stdout))
 
 
 def check_installed() -> None:

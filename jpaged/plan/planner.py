@@ -11,14 +11,14 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jpaged.compile_plan import StepShape, step_shapes
+from jpaged.compile_plan import StepShape, largest_shape, step_shapes
 from jpaged.config import SchedulerConfig, check_at_least
 from jpaged.engine_config import EngineConfig
 from jpaged.models.config import ModelConfig
 from jpaged.models.sharding import local_config
 from jpaged.plan import estimate
 from jpaged.plan.compile_target import Compiled, Job
-from jpaged.plan.compiler import TargetCompiler, check_installed
+from jpaged.plan.compiler import check_installed, compile_job
 from jpaged.plan.estimate import StepTime, Work
 from jpaged.plan.models import read_model
 from jpaged.plan.targets import GIB, Target, parse_target, siblings
@@ -153,7 +153,17 @@ def make_plan(
         check_installed()
     planner = _Planner(config, engine_options, context_len, report_progress)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        plans = tuple(pool.map(planner.plan, machines))
+        try:
+            # Large steps first, so that at the end no core waits for another's.
+            sized = {pool.submit(planner.size, machine): machine for machine in machines}
+            timed = {
+                sized[done]: pool.submit(planner.time, done.result())
+                for done in concurrent.futures.as_completed(sized)
+            }
+            plans = tuple(timed[machine].result() for machine in machines)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return Plan(
         model=model or "the embedded model",
         config=config,
@@ -161,6 +171,52 @@ def make_plan(
         context_len=context_len,
         targets=plans,
     )
+
+
+def step_job(
+    options: EngineConfig,
+    config: ModelConfig,
+    target: Target,
+    tensor_parallel_size: int,
+    shape: StepShape,
+    num_blocks: int,
+) -> Job:
+    """The engine's step of a shape, to be compiled for a TPU target.
+
+    Args:
+        options: Of the engine; `options.model` is what the compiling process reads.
+        config: That model's.
+        target: The machine.
+        tensor_parallel_size: Devices of it that share the model.
+        shape: The step's.
+        num_blocks: Blocks of the pool.
+    """
+    scheduler = options.scheduler_config(target.device.platform, config.max_position_embeddings)
+    limit, vocab_size = options.max_logprobs, config.vocab_size
+    return Job(
+        topology_name=target.topology_name,
+        accelerator_type=target.accelerator_type,
+        model=options.model,
+        dtype=target.device.dtype if options.dtype == "auto" else options.dtype,
+        tensor_parallel_size=tensor_parallel_size,
+        block_size=options.block_size,
+        num_blocks=num_blocks,
+        max_model_len=scheduler.max_model_len,
+        max_num_seqs=scheduler.max_num_seqs,
+        max_logprobs=vocab_size if limit == -1 else min(limit, vocab_size),
+        num_tokens=shape.num_tokens,
+        num_seqs=shape.num_seqs,
+        decode_only=shape.decode_only,
+        plain=shape.plain,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Sized:
+    """A plan whose memory is settled, and the cycles of its largest step where it was compiled."""
+
+    plan: TargetPlan
+    mixed_cycles: int | None = None
 
 
 class _Planner:
@@ -177,26 +233,62 @@ class _Planner:
         self._report = report_progress
         self._reporting = threading.Lock()
 
-    def plan(self, target: Target) -> TargetPlan:
-        """The plan of one target."""
+    def size(self, target: Target) -> _Sized:
+        """The plan of one target but for its speed."""
         bare = self._by_arithmetic(target)
-        notes = self._notes(bare)
+        bare = dataclasses.replace(bare, notes=self._notes(bare))
         if target.device.platform == "gpu":
-            plan = self._with_blocks(bare)
-            if plan.num_blocks:
-                plan = self._with_speed(plan)
+            return _Sized(self._with_blocks(bare))
         # What does not fit by far is not worth a minute of compilation.
-        elif bare.weight_bytes + bare.state_bytes + bare.block_bytes > bare.budget_bytes:
-            plan = dataclasses.replace(bare, temp_bytes=0, why_not=self._why_not(bare))
-        else:
-            with TargetCompiler() as compiler:
-                plan = self._compiled(bare, compiler)
-        return dataclasses.replace(plan, notes=(*notes, *plan.notes))
+        if bare.weight_bytes + bare.state_bytes + bare.block_bytes > bare.budget_bytes:
+            return _Sized(dataclasses.replace(bare, temp_bytes=0, why_not=self._why_not(bare)))
+        # As the engine does, which sizes its pool by this one.
+        largest = largest_shape(self._shapes(target))
+        mixed = self._compile(bare, largest, self._least_blocks(self._scheduler_config(target)))
+        if mixed.error:
+            why_not = f"the compiler refuses {largest.name}: {mixed.error}"
+            return _Sized(dataclasses.replace(bare, why_not=why_not))
+        plan = dataclasses.replace(
+            bare,
+            weight_bytes=mixed.weight_bytes,
+            state_bytes=mixed.argument_bytes - mixed.pool_bytes - mixed.weight_bytes,
+            temp_bytes=mixed.temp_bytes,
+            compile_s=mixed.compile_s,
+        )
+        return _Sized(self._with_blocks(plan), mixed.cycles)
+
+    def time(self, sized: _Sized) -> TargetPlan:
+        """The plan of a target, its speed included if the model fits."""
+        plan = sized.plan
+        if not plan.num_blocks:
+            return plan
+        if sized.mixed_cycles is None:
+            return self._with_speed(plan)
+        batch = min(plan.num_seqs_fit, self._scheduler_config(plan.target).max_num_seqs)
+        decodes = [
+            s
+            for s in self._shapes(plan.target)
+            if s.decode_only and s.plain and s.num_seqs >= batch
+        ]
+        shape = min(decodes, key=lambda s: s.num_seqs)
+        decode = self._compile(plan, shape, plan.num_blocks)
+        if decode.error:
+            return dataclasses.replace(
+                plan, num_blocks=0, why_not=f"the compiler refuses {shape.name}: {decode.error}"
+            )
+        plan = self._with_speed(plan, decode.cycles, sized.mixed_cycles)
+        return dataclasses.replace(plan, compile_s=plan.compile_s + decode.compile_s)
+
+    def _shapes(self, target: Target) -> tuple[StepShape, ...]:
+        scheduler = self._scheduler_config(target)
+        return step_shapes(
+            scheduler.max_num_batched_tokens, scheduler.max_num_seqs, on_accelerator=True
+        )
 
     def _by_arithmetic(self, target: Target) -> TargetPlan:
         """What can be said without a compiler: weights, state, blocks; temp by the GPUs' rule."""
         config, scheduler = self._config, self._scheduler_config(target)
-        size = _tensor_parallel_size(config, target.num_devices)
+        size = most_shares(config, target.num_devices)
         share = local_config(config, size)
         itemsize = ITEMSIZE[self._dtype(target)]
         return TargetPlan(
@@ -216,65 +308,17 @@ class _Planner:
             block_bytes=estimate.block_bytes(share, itemsize, self._options.block_size),
         )
 
-    def _compiled(self, bare: TargetPlan, compiler: TargetCompiler) -> TargetPlan:
-        scheduler = self._scheduler_config(bare.target)
-        shapes = step_shapes(
-            scheduler.max_num_batched_tokens, scheduler.max_num_seqs, on_accelerator=True
-        )
-        # As the engine does, which sizes its pool by this one.
-        largest = max(shapes, key=lambda s: (s.num_tokens, s.num_seqs, not s.plain))
-        least = self._least_blocks(scheduler)
-        mixed = self._compile(compiler, bare, largest, least)
-        if mixed.error:
-            return dataclasses.replace(
-                bare, why_not=f"the compiler refuses {largest.name}: {mixed.error}"
-            )
-        plan = self._with_blocks(
-            dataclasses.replace(
-                bare,
-                weight_bytes=mixed.weight_bytes,
-                state_bytes=mixed.argument_bytes - mixed.pool_bytes - mixed.weight_bytes,
-                temp_bytes=mixed.temp_bytes,
-                compile_s=mixed.compile_s,
-            )
-        )
-        if not plan.num_blocks:
-            return plan
-        batch = min(plan.num_seqs_fit, scheduler.max_num_seqs)
-        decodes = [s for s in shapes if s.decode_only and s.plain and s.num_seqs >= batch]
-        shape = min(decodes, key=lambda s: s.num_seqs)
-        decode = self._compile(compiler, plan, shape, plan.num_blocks)
-        if decode.error:
-            return dataclasses.replace(
-                plan, num_blocks=0, why_not=f"the compiler refuses {shape.name}: {decode.error}"
-            )
-        plan = self._with_speed(plan, decode.cycles, mixed.cycles)
-        return dataclasses.replace(plan, compile_s=mixed.compile_s + decode.compile_s)
-
-    def _compile(
-        self, compiler: TargetCompiler, plan: TargetPlan, shape: StepShape, num_blocks: int
-    ) -> Compiled:
-        target, scheduler = plan.target, self._scheduler_config(plan.target)
+    def _compile(self, plan: TargetPlan, shape: StepShape, num_blocks: int) -> Compiled:
         with self._reporting:
-            self._report(f"{target.name}: compiling {shape.name}")
-        limit = self._options.max_logprobs
-        vocab_size = self._config.vocab_size
-        return compiler.compile(
-            Job(
-                topology_name=target.topology_name,
-                accelerator_type=target.accelerator_type,
-                model=self._options.model,
-                dtype=self._dtype(target),
-                tensor_parallel_size=plan.tensor_parallel_size,
-                block_size=self._options.block_size,
-                num_blocks=num_blocks,
-                max_model_len=scheduler.max_model_len,
-                max_num_seqs=scheduler.max_num_seqs,
-                max_logprobs=vocab_size if limit == -1 else min(limit, vocab_size),
-                num_tokens=shape.num_tokens,
-                num_seqs=shape.num_seqs,
-                decode_only=shape.decode_only,
-                plain=shape.plain,
+            self._report(f"{plan.target.name}: compiling {shape.name}")
+        return compile_job(
+            step_job(
+                self._options,
+                self._config,
+                plan.target,
+                plan.tensor_parallel_size,
+                shape,
+                num_blocks,
             )
         )
 
@@ -390,7 +434,7 @@ def _hosts_note(plan: TargetPlan) -> str:
     return f"{num_hosts} hosts: every one runs the same command, with --nnodes {num_hosts}{where}"
 
 
-def _tensor_parallel_size(config: ModelConfig, num_devices: int) -> int:
+def most_shares(config: ModelConfig, num_devices: int) -> int:
     """The most devices of a machine that the model can be cut over evenly."""
     for size in range(num_devices, 1, -1):
         if num_devices % size:
