@@ -88,16 +88,14 @@ class StepFunction:
         """The same shapes, of arrays that every device has whole."""
         return _placed(tree, self.replicated)
 
-    def lower(
-        self, shape: StepShape, num_blocks: int, *, platform: str | None = None
-    ) -> jax.stages.Lowered:
-        """The step of a shape, ready to be compiled.
+    def jitted(
+        self, shape: StepShape, num_blocks: int
+    ) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
+        """The step of a shape as a jitted function, and the shapes of its arguments.
 
         Args:
             shape: The step's padded size.
             num_blocks: Blocks of each pool.
-            platform: What to lower for, if not for the default device: "tpu" on a host without one;
-                `pallas_kernels.set_target_platform` then chooses the kernels.
         """
 
         def step(params, pools, state, packed):
@@ -127,10 +125,23 @@ class StepFunction:
                 check_vma=False,
             )
         run.__name__ = f"step_{shape.name}"
-        traced = jax.jit(run, donate_argnums=(1, 2)).trace(
-            params, pools, self.abstract_state(), self.on_all(packed)
-        )
-        return traced.lower(lowering_platforms=None if platform is None else (platform,))
+        arguments = (params, pools, self.abstract_state(), self.on_all(packed))
+        return jax.jit(run, donate_argnums=(1, 2)), arguments
+
+    def lower(
+        self, shape: StepShape, num_blocks: int, *, platform: str | None = None
+    ) -> jax.stages.Lowered:
+        """The step of a shape, ready to be compiled.
+
+        Args:
+            shape: The step's padded size.
+            num_blocks: Blocks of each pool.
+            platform: What to lower for, if not for the default device: "tpu" on a host without one;
+                `pallas_kernels.set_target_platform` then chooses the kernels.
+        """
+        jitted, arguments = self.jitted(shape, num_blocks)
+        platforms = None if platform is None else (platform,)
+        return jitted.trace(*arguments).lower(lowering_platforms=platforms)
 
     def temp_bytes(self, shape: StepShape, num_blocks: int) -> int:
         """Bytes that a device needs for a step beside its arguments, from its compiled form."""
