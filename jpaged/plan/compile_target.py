@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
@@ -83,9 +82,9 @@ class Compiled:
     temp_bytes: int = 0
     code_bytes: int = 0
     cycles: int = 0
-    kernels: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    kernels: dict[str, int] = dataclasses.field(default_factory=dict)
     kernel_vmem_bytes: int = 0
-    collectives: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    collectives: dict[str, int] = dataclasses.field(default_factory=dict)
     lower_s: float = 0.0
     compile_s: float = 0.0
     error: str = ""
