@@ -21,7 +21,8 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     names = [name for text in args.target or () for name in text.split(",") if name.strip()]
     plan = make_plan(
-        targets=names or DEFAULT_TARGETS,
+        # A name that is only blank is a mistake like any other.
+        targets=names or args.target or DEFAULT_TARGETS,
         context_len=args.context_len,
         report_progress=lambda text: print(f"jpaged: {text}", file=sys.stderr),
         **{"model": None, **engine.engine_options(args)},

@@ -44,6 +44,8 @@ def test_nothing_that_fits_is_exit_code_1(capsys):
     ("arguments", "message"),
     [
         (["-m", "llama-3-8b", "-t", "v7"], "unknown target 'v7'; known ones: v5e-{1,4,8"),
+        (["-m", "llama-3-8b", "-t", ""], "unknown target ''; known ones: v5e-{1,4,8"),
+        (["-m", "tiny", "-t", "v6e:3x3"], "target 'v6e:3x3': the topology must be one of 1x1,"),
         (["-m", "nothing", "-t", "h200"], "unknown model 'nothing': must be a directory"),
         (["-m", "tiny", "-t", "h200", "--block-size", "5"], "block_size must be one of"),
     ],
