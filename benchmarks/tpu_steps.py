@@ -9,6 +9,7 @@ through the code that the engine and `jpaged plan` use. Needs the package `libtp
 import argparse
 import dataclasses
 import datetime
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -95,6 +96,7 @@ def compile_case(case: Case) -> Iterator[dict[str, Any]]:
             "num_blocks": num_blocks,
             "memory_bytes": target.device.memory_bytes,
             "xla_ms": compiled.cycles / target.device.clock_hz * 1e3,
+            "load": round(os.getloadavg()[0], 1),  # of this machine: what seconds are worth
             "compiled": dataclasses.asdict(compiled),
         }
 
