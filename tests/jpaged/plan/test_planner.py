@@ -94,6 +94,23 @@ def test_the_largest_step_sizes_the_pool_and_the_decode_step_has_it(jobs):
     assert decode.num_blocks == plan.num_blocks
 
 
+def test_large_steps_come_first_and_plans_in_the_order_asked_for(jobs, monkeypatch):
+    monkeypatch.setattr(planner.os, "cpu_count", lambda: 1)
+    names = ["v6e-8", "v5e-1", "v5p-8", "v6e-1"]
+    plans = make_plan("llama-3-8b", names).targets
+    assert [plan.target.name for plan in plans] == names
+    assert [job.decode_only for job in jobs] == [False, False, False, True, True, True]
+
+
+def test_a_failure_ends_the_plan(jobs, monkeypatch):
+    def fail(job):
+        raise RuntimeError("compiling failed")
+
+    monkeypatch.setattr(planner, "compile_job", fail)
+    with pytest.raises(RuntimeError, match="compiling failed"):
+        make_plan("llama-3-8b", ["h200", "v6e-8", "v5p-8"])
+
+
 def test_the_longer_of_roofline_and_compiler_holds(jobs):
     plan = only(["v6e-1"])
     assert plan.decode is not None
