@@ -2,8 +2,9 @@
 
     python -m benchmarks.tpu_steps --json benchmarks/results/tpu_steps.json [--only llama-3-70b]
 
-A step that decodes a full batch and the largest mixed step, plain and with the full sampler,
-through the code that the engine and `jpaged plan` use. Needs the package `libtpu` and no TPU.
+A step that decodes a full batch and the largest mixed step, on one device each plain and with the
+full sampler, through the code that the engine and `jpaged plan` use. Needs the package `libtpu` and
+no TPU.
 """
 
 import argparse
@@ -59,16 +60,15 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """What has to compile, small models first."""
-    # Of a large model the two steps that `jpaged plan` compiles.
+    # Over several devices the two steps that `jpaged plan` compiles.
     large = (("decode", True), ("mixed", False))
     for target in ONE_CHIP:
         yield Case(DEFAULT_MODEL, target, num_devices=1)
     for target in ONE_CHIP:
         yield Case("llama-3-8b", target, num_devices=1)
-    for target in EIGHT_CHIPS:
-        yield Case("llama-3-8b", target)
-    for target in EIGHT_CHIPS:
-        yield Case("llama-3-70b", target, shapes=large)
+    for model in ("llama-3-8b", "llama-3-70b"):
+        for target in EIGHT_CHIPS:
+            yield Case(model, target, shapes=large)
     yield Case("llama-3.1-405b", "v5p:4x4x4", shapes=large)
 
 
