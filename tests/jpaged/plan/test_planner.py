@@ -5,9 +5,11 @@ import pytest
 
 from jpaged import memory
 from jpaged.engine_config import EngineConfig
+from jpaged.models.sharding import local_config
 from jpaged.pallas_kernels import KVCacheSpec
-from jpaged.plan import compiler, planner
+from jpaged.plan import compiler, estimate, planner
 from jpaged.plan.compile_target import Compiled, Job
+from jpaged.plan.models import read_model
 from jpaged.plan.planner import make_plan
 from jpaged.plan.targets import parse_target
 
@@ -130,6 +132,17 @@ def test_devices_share_a_model_as_evenly_as_it_can_be_cut(jobs):
     assert (plan.tensor_parallel_size, plan.replicas) == (8, 1)
     assert {job.tensor_parallel_size for job in jobs} == {8}
     assert jobs[0].topology_name == "v5e:2x4"
+
+
+@pytest.mark.parametrize("target", ["v5p:4x4x4", "v5p-128"])
+def test_405b_is_cut_over_64_chips(target, jobs):
+    [plan] = make_plan("llama-3.1-405b", [target], max_model_len=8192).targets
+    assert (plan.tensor_parallel_size, plan.replicas) == (64, 1)
+    assert any("16 hosts" in note for note in plan.notes)
+    # 405.85 G weights, and 29.6 G more since each of the 8 KV heads lies on 8 devices.
+    share = local_config(read_model("llama-3.1-405b"), 64)
+    assert estimate.weight_bytes(share, itemsize=2) == pytest.approx(2 * 435.44e9 / 64, rel=0.001)
+    assert {(job.topology_name, job.tensor_parallel_size) for job in jobs} == {("v5p:4x4x4", 64)}
 
 
 def test_what_a_model_cannot_be_cut_over_serves_copies():
