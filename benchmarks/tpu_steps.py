@@ -2,9 +2,9 @@
 
     python -m benchmarks.tpu_steps --json benchmarks/results/tpu_steps.json [--only llama-3-70b]
 
-A step that decodes a full batch and the largest mixed step, on one device each plain and with the
-full sampler, through the code that the engine and `jpaged plan` use. Needs the package `libtpu` and
-no TPU.
+A step that decodes a full batch and the largest mixed step, of the small model each plain and with
+the full sampler, through the code that the engine and `jpaged plan` use. Needs the package `libtpu`
+and no TPU.
 """
 
 import argparse
@@ -60,15 +60,16 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """What has to compile, large models first: they are the likelier ones to fail."""
-    # Over several devices the two steps that `jpaged plan` compiles.
+    # Of large models the two steps that `jpaged plan` compiles.
     large = (("decode", True), ("mixed", False))
     yield Case("llama-3.1-405b", "v5p:4x4x4", shapes=large)
     for model in ("llama-3-70b", "llama-3-8b"):
         for target in EIGHT_CHIPS:
             yield Case(model, target, shapes=large)
-    for model in ("llama-3-8b", DEFAULT_MODEL):
-        for target in ONE_CHIP:
-            yield Case(model, target, num_devices=1)
+    for target in ONE_CHIP:
+        yield Case("llama-3-8b", target, num_devices=1, shapes=large)
+    for target in ONE_CHIP:
+        yield Case(DEFAULT_MODEL, target, num_devices=1)
 
 
 def compile_case(case: Case) -> Iterator[dict[str, Any]]:
