@@ -118,16 +118,21 @@ def state_bytes(config: ModelConfig, num_rows: int) -> int:
     return int(num_rows * config.vocab_size * STATE_BYTES_OF_TOKEN)
 
 
+def own_rows(num_rows: int, tensor_parallel_size: int) -> int:
+    """Rows of logits that each device samples, as `CausalLM.row_share` says."""
+    return num_rows if num_rows % tensor_parallel_size else num_rows // tensor_parallel_size
+
+
 def gpu_temp_bytes(
-    share: ModelConfig, vocab_size: int, itemsize: int, num_tokens: int, num_seqs: int
+    share: ModelConfig, vocab_size: int, itemsize: int, num_tokens: int, num_rows: int
 ) -> int:
     """What the largest step is taken to need beside its arguments, where nothing is compiled.
 
-    The stream three times and the MLP's two projections of every token, and the logits of every
-    sequence `GPU_LOGITS_COPIES` times.
+    The stream three times and the MLP's two projections of every token, and the logits of the rows
+    that a device samples `GPU_LOGITS_COPIES` times.
     """
     width = 3 * share.hidden_size + 2 * share.intermediate_size
-    return num_tokens * width * itemsize + 4 * GPU_LOGITS_COPIES * num_seqs * vocab_size
+    return num_tokens * width * itemsize + 4 * GPU_LOGITS_COPIES * num_rows * vocab_size
 
 
 def step_time(
@@ -145,7 +150,7 @@ def step_time(
     share = local_config(config, tensor_parallel_size)
     layers = config.num_layers
     # Logits are written and read again to be sampled from, as f32; each device has some rows.
-    logits_bytes = 8 * _own_rows(work, tensor_parallel_size) * config.vocab_size
+    logits_bytes = 8 * own_rows(work.num_sampled, tensor_parallel_size) * config.vocab_size
     parts = [
         _product("layers", device, work.num_tokens, layers * layer_params(share), itemsize),
         _product("logits", device, work.num_sampled, head_params(share), itemsize),
@@ -157,11 +162,6 @@ def step_time(
     if tensor_parallel_size > 1:
         parts.append(_links(config, device, itemsize, tensor_parallel_size, work))
     return StepTime(tuple(part for part in parts if part.seconds))
-
-
-def _own_rows(work: Work, size: int) -> int:
-    """Rows of logits that a device of `size` samples, as `CausalLM.row_share` says."""
-    return work.num_sampled if work.num_sampled % size else work.num_sampled // size
 
 
 def _product(name: str, device: Device, num_rows: int, num_params: int, itemsize: int) -> Part:
@@ -188,7 +188,7 @@ def _links(config: ModelConfig, device: Device, itemsize: int, size: int, work: 
     """Two sums over the devices a layer and one of the embedding, and logits for their rows."""
     num_sums = 2 * config.num_layers + 1
     summed = num_sums * work.num_tokens * config.hidden_size * itemsize
-    exchanged = _own_rows(work, size) * config.vocab_size * 4
+    exchanged = own_rows(work.num_sampled, size) * config.vocab_size * 4
     sent = (2 * summed + exchanged) * (size - 1) / size
     waits = num_sums * device.hops(size) * device.link_latency_s
     return Part("links", sent / device.link_bytes_s + waits, "links")

@@ -303,7 +303,7 @@ class _Planner:
                 config.vocab_size,
                 itemsize,
                 scheduler.max_num_batched_tokens,
-                scheduler.max_num_seqs,
+                estimate.own_rows(scheduler.max_num_seqs, size),
             ),
             block_bytes=estimate.block_bytes(share, itemsize, self._options.block_size),
         )
