@@ -82,6 +82,14 @@ KERNEL_CASES = {
     "cluster": (64, 128, 128, Config(tile_n=64, stages=2, cluster=2), {}),
     "no_overlap": (8, 192, 64, Config(tile_n=64, stages=2, in_flight=0), {}),
     "deep_stages": (8, 256, 64, Config(tile_n=64, tile_k=128, stages=2), {}),
+    "deep_splits": (8, 512, 64, Config(tile_n=64, tile_k=128, stages=2, num_splits=2), {}),
+    "deep_transposed": (
+        8,
+        256,
+        64,
+        Config(tile_n=64, tile_k=128, stages=2),
+        {"transposed": True},
+    ),
 }
 
 
@@ -177,6 +185,11 @@ def test_only_the_activation_takes_many_rows():
     assert kernel.choose_config(1024, 4096, 28672, activation="silu_mul").band is None
     (reason,) = kernel.unsupported_reasons(65537, 4096, 28672, BF16, activation="silu_mul")
     assert "65536 rows, got 65537" in reason
+
+
+@pytest.mark.parametrize(("m", "k", "tile_k"), [(8, 4096, 128), (8, 4096 + 64, 64), (96, 4096, 64)])
+def test_only_the_smallest_tile_has_deep_stages(m, k, tile_k):
+    assert kernel.choose_config(m, k, 4096).tile_k == tile_k
 
 
 @pytest.mark.parametrize("wanted", [1, 2, 7])
