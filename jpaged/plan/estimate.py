@@ -15,10 +15,10 @@ from jpaged.plan.targets import Device
 
 Bound = Literal["memory", "compute", "links", "fixed"]
 
-GPU_LAYER_S = 32e-6
+GPU_LAYER_S = 30e-6
 """What a layer costs a GPU beyond these parts: launches, and kernels that end unevenly.
 
-A decode step of one sequence of 1,024 tokens on an H200 took 4.40 ms, its parts at their ceilings
+A decode step of one sequence of 1,024 tokens on an H200 took 4.29 ms, its parts at their ceilings
 3.3; 32 layers (benchmarks/results/step_h200.json).
 """
 STATE_BYTES_OF_TOKEN = 4 + 4 + 1 + 1 / 8
