@@ -130,6 +130,15 @@ def problems() -> Iterator[Problem]:
                 donated=0,
                 kernel="jpaged_write_kv.1",
             )
+            angles = ((num_tokens, 64), "float32")
+            qkv = ((num_tokens, (32 + 2 * 8) * 128), "bfloat16")
+            yield Problem(
+                name=f"rope_write_kv_{size}_of_{num_tokens}_tokens",
+                make=functools.partial(_rope_write_kv, 32),
+                args=(pool, qkv, angles, angles, ((num_tokens,), "int32")),
+                donated=0,
+                kernel="jpaged_rope.1",
+            )
         ids = ((16,), "int32")
         yield Problem(
             name=f"copy_blocks_{size}", make=_copy_blocks, args=(pool, ids, ids), donated=0

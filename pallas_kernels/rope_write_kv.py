@@ -82,9 +82,17 @@ def rope_write_kv(
         return rope_write_kv_mosaic_gpu.rope_write_kv(
             pool, qkv, cos, sin, slot_mapping, num_heads=num_heads
         )
-    # The rotation by XLA, which fuses it with its neighbours, and the write by a kernel or XLA.
     if qkv.ndim == 3:
         qkv = merge_partials(qkv, q_dtype)
+    if name == "mosaic_tpu" and not is_eight_bit:
+        from jpaged.pallas_kernels import rope_mosaic_tpu, write_kv_mosaic_tpu
+
+        if not rope_mosaic_tpu.unsupported_reasons(qkv.shape[0], spec.head_dim, q_dtype):
+            q, kv = rope_mosaic_tpu.rotate_heads(
+                qkv, cos, sin, num_heads=num_heads, num_kv_heads=spec.num_kv_heads
+            )
+            return write_kv_mosaic_tpu.write_rows(pool, kv, slot_mapping), q
+    # The rotation by XLA, which fuses it with its neighbours, and the write by a kernel or XLA.
     qkv = qkv.reshape(qkv.shape[0], -1, spec.head_dim)
     q, k, v = jnp.split(qkv, [num_heads, num_heads + spec.num_kv_heads], axis=1)
     pool = write_kv(

@@ -41,13 +41,24 @@ def write_kv(
     *,
     interpret: Any = None,
 ) -> Pool:
-    """See `write_kv.write_kv`; `interpret` takes `pltpu.InterpretParams`.
+    """See `write_kv.write_kv`; `interpret` takes `pltpu.InterpretParams`."""
+    kv = rows_of(k, v, KVCacheSpec.of(pool).layout)
+    return write_rows(pool, kv.reshape(k.shape[0], -1, pool.shape[-1]), slot_mapping, interpret)
+
+
+def write_rows(
+    pool: Pool,
+    kv: Float[Array, "num_tokens num_rows row_size"],
+    slot_mapping: Int32[Array, " num_tokens"],
+    interpret: Any = None,
+) -> Pool:
+    """Writes the rows of each token, `num_rows` of all kinds and heads, as `write_kv` does.
 
     Of two tokens with one slot the later one stays.
     """
     num_blocks, kinds, num_kv_heads, block_size, row_size = pool.shape
     rows = tile_rows(pool.dtype)
-    num_tokens = k.shape[0]
+    num_tokens = kv.shape[0]
     num_slots = num_blocks * block_size
     out = num_slots  # where a slot outside the pool goes: behind all others
     slots = jnp.where((slot_mapping >= 0) & (slot_mapping < num_slots), slot_mapping, out)
@@ -65,8 +76,7 @@ def write_kv(
     is_whole &= jnp.concatenate([jnp.diff(starts), jnp.zeros(1, starts.dtype)]) == rows
     # As tokens lie in XLA. Elements of 8 bits are exact in 16 and need no tiles of their own.
     dtype = jnp.float32 if pool.dtype == jnp.float32 else jnp.bfloat16
-    kv = rows_of(k, v, KVCacheSpec.of(pool).layout).astype(dtype)
-    kv = kv.reshape(num_tokens, kinds * num_kv_heads, row_size)
+    kv = kv.astype(dtype)
 
     def body(*refs):
         _write(*refs, rows=rows, windows_per_block=block_size // rows)

@@ -8,6 +8,7 @@ import pytest
 from benchmarks.tpu_steps import cases, compile_case, is_in_place
 from jpaged.compile_plan import StepShape
 from jpaged.engine_config import EngineConfig
+from jpaged.models.config import ModelConfig
 from jpaged.plan.compile_target import Compiled
 from jpaged.plan.compiler import compile_job
 from jpaged.plan.models import read_model
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     reason="the TPU compiler is not installed: pip install libtpu",
 )
 DECODE, CHUNKS = "jpaged_attention_decode", "jpaged_attention_chunks"
-WRITE, COPY = "jpaged_write_kv", "jpaged_copy_blocks"
+WRITE, COPY, ROPE = "jpaged_write_kv", "jpaged_copy_blocks", "jpaged_rope"
 # Weights alone are more than the memory.
 TOO_LARGE = {("llama-3-8b", "v5e-1"), ("llama-3-70b", "v5e-8")}
 # SmolLM2-135M but for its depth and vocabulary.
@@ -37,24 +38,39 @@ SMOLLM2 = {
 }
 
 
-def _kernels(name: str, num_layers: int) -> dict[str, int]:
+HEADS_OF_128 = SMOLLM2 | {
+    "hidden_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+DECODES, CHUNK = StepShape(16, 16, True, plain=True), StepShape(256, 16, False)
+
+
+def _kernels(name: str, config: ModelConfig) -> dict[str, int]:
     """What must run in a step: every layer's attention, write and, if asked for, copy."""
     kernels = [DECODE, WRITE]
+    kernels += [ROPE] if config.head_dim == 128 else []
     kernels += [CHUNKS] if name.startswith("mixed") else []
     kernels += [] if name.endswith("plain") else [COPY]
-    return dict.fromkeys(kernels, num_layers)
+    return dict.fromkeys(kernels, config.num_layers)
 
 
 @pytest.mark.parametrize(
-    "shape", [StepShape(16, 16, True, plain=True), StepShape(256, 16, False)], ids=lambda s: s.name
+    ("raw", "shape"),
+    [
+        pytest.param(SMOLLM2, DECODES, id="smollm2_decode"),
+        pytest.param(SMOLLM2, CHUNK, id="smollm2_mixed"),
+        pytest.param(HEADS_OF_128, CHUNK, id="heads_of_128_mixed"),
+    ],
 )
-def test_smollm2_steps_run_the_kernels_in_place(shape, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
+def test_steps_run_the_kernels_in_place(raw, shape, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(raw))
     options = EngineConfig.from_options(model=str(tmp_path), max_num_seqs=16)
     target, config = parse_target("v6e-1"), read_model(str(tmp_path))
     compiled = compile_job(step_job(options, config, target, 1, shape, num_blocks=4096))
     assert not compiled.error
-    assert compiled.kernels == _kernels(shape.name, config.num_layers)
+    assert compiled.kernels == _kernels(shape.name, config)
     assert compiled.collectives == {}
     assert is_in_place(compiled)
     assert compiled.temp_bytes < 64 << 20
@@ -71,6 +87,6 @@ def test_whole_models_compile(case):
             assert compiled.error.startswith("RESOURCE_EXHAUSTED")
             continue
         assert not compiled.error
-        assert compiled.kernels == _kernels(result["step"], result["num_layers"])
+        assert compiled.kernels == _kernels(result["step"], read_model(case.model))
         assert ("all-reduce" in compiled.collectives) == (result["num_devices"] > 1)
         assert is_in_place(compiled)

@@ -17,6 +17,7 @@ HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 QUICK = (
     "attention_decode_16",
     "write_kv_16_of_64_tokens",
+    "rope_write_kv_16_of_64_tokens",
     "copy_blocks_16",
     "smollm2_attention_decode",
     "smollm2_rope_write_kv",

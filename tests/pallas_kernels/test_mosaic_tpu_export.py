@@ -15,6 +15,7 @@ from jpaged.pallas_kernels import (
     KVCacheSpec,
     copy_blocks_mosaic_tpu,
     preferred_layout,
+    rope_mosaic_tpu,
     set_target_platform,
     write_kv_mosaic_tpu,
 )
@@ -24,6 +25,7 @@ from jpaged.step import StepFunction
 
 ATTENTION = functools.partial(mosaic_tpu.paged_attention, scale=0.1)
 DECODE, CHUNKS = "jpaged_attention_decode", "jpaged_attention_chunks"
+WRITE = ("jpaged_rope", "jpaged_write_kv")
 NUM_BLOCKS, NUM_LAYERS = 64, 2
 
 
@@ -68,9 +70,14 @@ def _check(function, arguments, names):
             (POOL, _bf16(8, 2, 128), _bf16(8, 2, 128), _i32(8)),
             {"jpaged_write_kv"},
         ),
+        (
+            functools.partial(rope_mosaic_tpu.rotate_heads, num_heads=4, num_kv_heads=2),
+            (_bf16(8, 8 * 128), *(jax.ShapeDtypeStruct((8, 64), jnp.float32),) * 2),
+            {"jpaged_rope"},
+        ),
         (copy_blocks_mosaic_tpu.copy_blocks, (POOL, _i32(4), _i32(4)), {"jpaged_copy_blocks"}),
     ],
-    ids=["decode", "mixed", "write_kv", "copy_blocks"],
+    ids=["decode", "mixed", "write_kv", "rope", "copy_blocks"],
 )
 def test_kernels_are_exported(function, arguments, names):
     _check(function, arguments, names)
@@ -101,8 +108,8 @@ def _step():
 @pytest.mark.parametrize(
     ("shape", "names"),
     [
-        (StepShape(8, 8, True, plain=True), {DECODE, "jpaged_write_kv"}),
-        (StepShape(64, 8, False), {DECODE, CHUNKS, "jpaged_write_kv", "jpaged_copy_blocks"}),
+        (StepShape(8, 8, True, plain=True), {DECODE, *WRITE}),
+        (StepShape(64, 8, False), {DECODE, CHUNKS, *WRITE, "jpaged_copy_blocks"}),
     ],
     ids=["decode_plain", "mixed"],
 )
@@ -124,5 +131,5 @@ def test_a_step_is_exported(for_tpu):
         # The sampler's state is a class of ours, which other programs need not know.
         lambda *leaves: jax.tree.leaves(jitted(*jax.tree.unflatten(tree, leaves))),
         leaves,
-        {DECODE, "jpaged_write_kv"},
+        {DECODE, *WRITE},
     )
