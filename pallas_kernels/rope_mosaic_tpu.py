@@ -21,7 +21,7 @@ MAX_TOKENS = 128
 GROUP = 16
 # Bytes of a program's heads, of which four copies are held.
 BLOCK_BYTES = 3 * 2**19
-VMEM_BYTES = 32 * 2**20
+VMEM_BYTES = 16 * 2**20
 _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 
 
