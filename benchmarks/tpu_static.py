@@ -80,6 +80,11 @@ WALKS |= {
     f"attention_decode_32_{dtype}": Walk(tokens=2048, token_bytes=KV_TOKEN_BYTES // 2)
     for dtype in ("int8", "fp8")
 }
+# The rotation: tokens of its inner loop and of the one around it, which is over programs.
+ROTATION = "rope_write_kv_16_of_2048_tokens"
+ROTATION_TOKENS = (16, 128)
+# In and out: 48 heads, and in float32 two angles of a whole head.
+ROTATION_TOKEN_BYTES = 2 * 48 * 128 * 2 + 2 * 128 * 4
 # Turns of the other loops that an item of `attention_chunk` has: most go over KV heads, the short
 # ones over groups of tokens.
 ITEM_TURNS = {True: 8, False: 16}
@@ -173,8 +178,16 @@ def tile_cycles(loops: list[Loop], walk: Walk) -> dict[str, Any]:
     return found
 
 
+def rotation_cycles(loops: list[Loop]) -> dict[str, Any]:
+    """Cycles of a token of the rotation, all bundles of both its loops counted."""
+    outer, inner = sorted(loops, key=lambda x: x.first)
+    per_group, per_program = ROTATION_TOKENS
+    cycles = inner.own_cycles / per_group + outer.own_cycles / per_program
+    return {"cycles_per_token": round(cycles, 2), "slot_use": inner.slot_use}
+
+
 def estimate(chip: str, kernel: str) -> dict[str, Any]:
-    """Compiles one kernel for one chip and says what its loop over the context takes."""
+    """Compiles one kernel for one chip and says what its loop over the context or tokens takes."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.tpu_compile", "--chip", chip]
         command += ["--only", kernel, "--dump", folder]
@@ -192,10 +205,14 @@ def estimate(chip: str, kernel: str) -> dict[str, Any]:
         )
         (utilization,) = Path(folder).glob("*pre-delay_hlo-static-per-bundle-utilization.txt")
         loops = read_loops(schedule.read_text(), utilization.read_text(), DELAY_SLOTS[chip])
+    clock, gb_per_s = RATES[chip]
+    if kernel == ROTATION:
+        result |= rotation_cycles(loops)
+        ratio = result["cycles_per_token"] / clock / (ROTATION_TOKEN_BYTES / gb_per_s)
+        return result | {"compute_over_dma": round(ratio, 2)}
     walk = WALKS[kernel]
     result |= tile_cycles(loops, walk)
     cycles = result["tile_cycles"]
-    clock, gb_per_s = RATES[chip]
     if walk.queries > 1:
         # Queries of 32 heads times tokens of context times D, in QK and in PV.
         flops = 4 * 32 * walk.queries * walk.tokens * 128
@@ -217,8 +234,10 @@ def main() -> None:
         kernels = list(WALKS)
     else:
         print("tpu-inference is not installed: its kernels are left out")
+    kernels.append(ROTATION)
     rows = [estimate(chip, kernel) for kernel in kernels for chip in arguments.chips]
-    keys = ("kernel", "chip", "cycles_per_kv_token", "compute_over_dma", "tile_cycles")
+    keys = ("kernel", "chip", "cycles_per_kv_token", "cycles_per_token", "compute_over_dma")
+    keys += ("tile_cycles",)
     keys += ("masked_tile_cycles", "item_cycles", "compile_s")
     print_table(
         (*keys, "spills", "MATPUSH"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.tpu_static import Loop, Walk, read_loops, tile_cycles
+from benchmarks.tpu_static import Loop, Walk, read_loops, rotation_cycles, tile_cycles
 
 SCHEDULE = """\
 = control target key start
@@ -79,3 +79,7 @@ def test_tile_has_all_bundles_of_its_loops():
         "item_cycles": 8 * 200 + 16 * 9,
         "slot_use": {"MATMUL": 0.5},
     }
+
+
+def test_a_token_of_the_rotation_has_its_part_of_both_loops():
+    assert rotation_cycles([_loop(3, 9, 32), _loop(1, 10, 64)])["cycles_per_token"] == 2.5
