@@ -237,8 +237,7 @@ def main() -> None:
     kernels.append(ROTATION)
     rows = [estimate(chip, kernel) for kernel in kernels for chip in arguments.chips]
     keys = ("kernel", "chip", "cycles_per_kv_token", "cycles_per_token", "compute_over_dma")
-    keys += ("tile_cycles",)
-    keys += ("masked_tile_cycles", "item_cycles", "compile_s")
+    keys += ("tile_cycles", "masked_tile_cycles", "item_cycles", "compile_s")
     print_table(
         (*keys, "spills", "MATPUSH"),
         [

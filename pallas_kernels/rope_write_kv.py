@@ -84,14 +84,13 @@ def rope_write_kv(
         )
     if qkv.ndim == 3:
         qkv = merge_partials(qkv, q_dtype)
-    if name == "mosaic_tpu" and not is_eight_bit:
+    if name == "mosaic_tpu" and _rotation(spec, qkv) == "mosaic_tpu":
         from jpaged.pallas_kernels import rope_mosaic_tpu, write_kv_mosaic_tpu
 
-        if not rope_mosaic_tpu.unsupported_reasons(qkv.shape[0], spec.head_dim, q_dtype):
-            q, kv = rope_mosaic_tpu.rotate_heads(
-                qkv, cos, sin, num_heads=num_heads, num_kv_heads=spec.num_kv_heads
-            )
-            return write_kv_mosaic_tpu.write_rows(pool, kv, slot_mapping), q
+        q, kv = rope_mosaic_tpu.rotate_heads(
+            qkv, cos, sin, num_heads=num_heads, num_kv_heads=spec.num_kv_heads
+        )
+        return write_kv_mosaic_tpu.write_rows(pool, kv, slot_mapping), q
     # The rotation by XLA, which fuses it with its neighbours, and the write by a kernel or XLA.
     qkv = qkv.reshape(qkv.shape[0], -1, spec.head_dim)
     q, k, v = jnp.split(qkv, [num_heads, num_heads + spec.num_kv_heads], axis=1)
@@ -105,6 +104,20 @@ def rope_write_kv(
         implementation=name,
     )
     return pool, rotate(q, cos, sin)
+
+
+def _rotation(spec: KVCacheSpec, qkv: jax.Array) -> registry.Implementation:
+    """Who rotates what the TPU kernel writes."""
+
+    def mosaic_tpu_reasons() -> list[str]:
+        from jpaged.pallas_kernels import rope_mosaic_tpu
+
+        reasons = rope_mosaic_tpu.unsupported_reasons(qkv.shape[0], spec.head_dim, qkv.dtype)
+        if spec.dtype in EIGHT_BIT_DTYPES:
+            reasons.append("does not scale keys and values for a pool of 8 bits")
+        return reasons
+
+    return registry.choose("rotate_heads", None, {"mosaic_tpu": mosaic_tpu_reasons, "xla": list})
 
 
 def rotate(

@@ -50,8 +50,8 @@ _KERNEL_SECONDS = 2.5e-6
 # How much more than its share of HBM one multiprocessor can draw while others idle.
 _SM_HEADROOM = 1.2
 _TILES_N = (256, 192, 128, 64)
-# Depth of a stage of the smallest tile, whose warpgroup else waits for a barrier every 0.2 us: 2 to
-# 7 % faster at up to 64 rows; slower wherever a tile has more rows or columns (docs/kernels.md).
+# Depth of a stage of the smallest tile, whose warpgroup else waits for a barrier every 0.2 us: 1 to
+# 7 % faster at up to 64 rows; slower with more of them, and with 256 columns (docs/kernels.md).
 _DEEP_TILE_K = 128
 _MAX_SPLITS = 8
 

@@ -36,8 +36,6 @@ SMOLLM2 = {
     "tie_word_embeddings": True,
     "vocab_size": 1024,
 }
-
-
 HEADS_OF_128 = SMOLLM2 | {
     "hidden_size": 512,
     "num_attention_heads": 4,

@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 from helpers import assert_no_races, tpu_interpreter
 
-from jpaged.pallas_kernels import rope_mosaic_tpu, rotate
+from jpaged.pallas_kernels import (
+    KVCacheSpec,
+    registry,
+    rope_mosaic_tpu,
+    rope_write_kv,
+    rotate,
+    write_kv_mosaic_tpu,
+)
+from jpaged.pallas_kernels.rope_write_kv import _rotation
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -44,7 +52,7 @@ def _check(num_tokens, num_heads, num_kv_heads, dtype="bfloat16"):
     ("num_tokens", "num_heads", "num_kv_heads", "dtype"),
     [
         (8, 4, 2, "bfloat16"),
-        (24, 5, 1, "bfloat16"),  # groups of 8, an even number of rows, an odd one of queries
+        (24, 5, 1, "bfloat16"),  # groups of 8, odd numbers of rows and of queries
         (48, 4, 4, "bfloat16"),
         (16, 3, 1, "float32"),
     ],
@@ -61,6 +69,38 @@ def test_programs_hold_fewer_tokens_of_wide_rows(monkeypatch):
     monkeypatch.setattr(rope_mosaic_tpu, "BLOCK_BYTES", 32 * 4 * 128 * 2)
     assert rope_mosaic_tpu._block_tokens(64, 4 * 128 * 2) == 32
     _check(64, 2, 1)
+
+
+def test_what_is_rotated_is_written_as_xla_writes_it():
+    qkv, cos, sin = _case(24, 8, jnp.dtype("float32"))
+    slots = jnp.asarray([*range(21, 43), -1, 3], jnp.int32)
+    pool = jnp.zeros((4, 2, 2, 16, 128), jnp.float32)
+    expected, _ = rope_write_kv(pool, qkv, cos, sin, slots, num_heads=4, implementation="xla")
+    _, kv = rope_mosaic_tpu.rotate_heads(
+        qkv, cos, sin, num_heads=4, num_kv_heads=2, interpret=tpu_interpreter()
+    )
+    written = write_kv_mosaic_tpu.write_rows(pool, kv, slots, tpu_interpreter())
+    assert_no_races()
+    np.testing.assert_allclose(written, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "num_tokens", "dtype", "why"),
+    [
+        (128, 8, "bfloat16", "mosaic_tpu (first choice)"),
+        (128, 9, "bfloat16", "xla (mosaic_tpu refused: needs a multiple of 8 tokens, got 9)"),
+        (128, 8, "int8", "xla (mosaic_tpu refused: does not scale keys and values"),
+        (64, 8, "bfloat16", "xla (mosaic_tpu refused: needs head_dim 128, got 64)"),
+    ],
+)
+def test_who_rotates_is_logged(head_dim, num_tokens, dtype, why, caplog, monkeypatch):
+    monkeypatch.setattr(registry, "_logged", set())
+    caplog.set_level("INFO", registry.logger.name)
+    spec = KVCacheSpec(
+        block_size=32, num_kv_heads=2, head_dim=head_dim, dtype=jnp.dtype(dtype), layout="split"
+    )
+    _rotation(spec, jnp.zeros((num_tokens, 8 * head_dim), jnp.bfloat16))
+    assert f"rotate_heads: {why}" in caplog.text
 
 
 def test_reasons():
