@@ -44,13 +44,20 @@ def receive(connection: socket.socket, max_bytes: int = MAX_BYTES) -> tuple[str,
     if not head_size <= size <= max_bytes:
         raise ValueError(f"a message must have at most {max_bytes} bytes, got {size}")
     body = _read(connection, size)
+    try:
+        return _decode(body, head_size)
+    except (KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"what came is no message: {error}") from error
+
+
+def _decode(body: bytearray, head_size: int) -> tuple[str, list[Any]]:
     call, args = json.loads(bytes(body[:head_size]))
     start, found = head_size, []
     for arg in args:
         if isinstance(arg, dict):
-            dtype, count = np.dtype(arg["dtype"]), int(np.prod(arg["shape"]))
             if arg["dtype"] not in _DTYPES:
-                raise ValueError(f"a message's arrays must be of {_DTYPES}, got {dtype}")
+                raise ValueError(f"a message's arrays must be of {_DTYPES}, got {arg['dtype']!r}")
+            dtype, count = np.dtype(arg["dtype"]), int(np.prod(arg["shape"]))
             found.append(np.frombuffer(body, dtype, count, start).reshape(arg["shape"]))
             start += count * dtype.itemsize
         else:

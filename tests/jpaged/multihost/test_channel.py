@@ -95,3 +95,26 @@ def test_other_numbers_than_ours_are_refused(ends):
         channel.receive(other)
     with pytest.raises(AssertionError, match="no dtype of messages: float64"):
         channel.encode("x", np.zeros(1))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"",
+        b"\xff",
+        b"7",
+        b'["call"]',
+        b'["call", 7]',
+        b'["call", [{}]]',
+        b'["call", [{"dtype": "int32"}]]',
+        b'["call", [{"dtype": [], "shape": [1]}]]',
+        b'["call", [{"dtype": "int32", "shape": [9]}]]',
+        b'["call", [{"dtype": "int32", "shape": [99999999999999999999999]}]]',
+        b"[" * 100_000,
+    ],
+)
+def test_a_head_that_makes_no_sense_is_refused(head, ends):
+    one, other = ends
+    one.sendall(channel._LENGTHS.pack(len(head), len(head)) + head)
+    with pytest.raises(ValueError, match="what came is no message"):
+        channel.receive(other)
