@@ -197,7 +197,7 @@ def step_job(
         topology_name=target.topology_name,
         accelerator_type=target.accelerator_type,
         model=options.model,
-        dtype=target.device.dtype if options.dtype == "auto" else options.dtype,
+        dtype=_dtype(options, target),
         tensor_parallel_size=tensor_parallel_size,
         block_size=options.block_size,
         num_blocks=num_blocks,
@@ -290,7 +290,7 @@ class _Planner:
         config, scheduler = self._config, self._scheduler_config(target)
         size = most_shares(config, target.num_devices)
         share = local_config(config, size)
-        itemsize = ITEMSIZE[self._dtype(target)]
+        itemsize = ITEMSIZE[_dtype(self._options, target)]
         return TargetPlan(
             target=target,
             tensor_parallel_size=size,
@@ -351,7 +351,7 @@ class _Planner:
 
     def _step(self, plan: TargetPlan, work: Work, cycles: int | None) -> StepEstimate:
         device = plan.target.device
-        itemsize = ITEMSIZE[self._dtype(plan.target)]
+        itemsize = ITEMSIZE[_dtype(self._options, plan.target)]
         time: StepTime = estimate.step_time(
             self._config, device, itemsize, plan.tensor_parallel_size, work
         )
@@ -418,9 +418,9 @@ class _Planner:
             target.device.platform, self._config.max_position_embeddings
         )
 
-    def _dtype(self, target: Target) -> str:
-        dtype = self._options.dtype
-        return target.device.dtype if dtype == "auto" else dtype
+
+def _dtype(options: EngineConfig, target: Target) -> str:
+    return target.device.dtype if options.dtype == "auto" else options.dtype
 
 
 def _hosts_note(plan: TargetPlan) -> str:
