@@ -20,9 +20,8 @@ def argmax(x: jax.Array) -> jax.Array:
     First the tile, then the place in it: XLA's CPU backend vectorises a plain maximum, but not
     argmax (49,152 tokens, 64 rows, 2 cores: 0.2 ms instead of 7 ms).
     """
-    tiles = _in_tiles(x, -jnp.inf)
-    tile = jnp.argmax(tiles.max(axis=2), axis=1).astype(jnp.int32)
-    lane = jnp.argmax(_tile_of(tiles, tile), axis=1).astype(jnp.int32)
+    tile, _ = _highest(x)
+    lane = jnp.argmax(_tile_of(_in_tiles(x, -jnp.inf), tile), axis=1).astype(jnp.int32)
     return jnp.minimum(tile * _TILE + lane, x.shape[1] - 1)
 
 
@@ -53,9 +52,9 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 def all_weights(x: jax.Array, temperature: jax.Array) -> jax.Array:
     """Returns the probabilities of processed logits up to a factor a row, f32[S, V]; at most 1."""
-    # The maxima of `argmax`, so that XLA reads the logits once for both.
-    highest = _in_tiles(x, -jnp.inf).max(axis=2).max(axis=1, keepdims=True)
-    return jnp.exp((x - highest) / temperature[:, None])
+    # As in `argmax`, so that XLA reads the logits once for both.
+    _, highest = _highest(x)
+    return jnp.exp((x - highest[:, None]) / temperature[:, None])
 
 
 def kept_weights(
@@ -124,6 +123,16 @@ def uniforms(seed: jax.Array, seq_index: jax.Array, position: jax.Array) -> jax.
         return jax.random.key_data(key)
 
     return (jax.vmap(words)(seed, seq_index, position) >> 8).astype(jnp.float32) * 2.0**-24
+
+
+def _highest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the tile of each row's maximum, i32[S], and the maximum.
+
+    Which is looked up: XLA would make the maximum of maxima a pass of its own over all of x.
+    """
+    maxima = _in_tiles(x, -jnp.inf).max(axis=2)
+    tile = jnp.argmax(maxima, axis=1).astype(jnp.int32)
+    return tile, jnp.take_along_axis(maxima, tile[:, None], axis=1)[:, 0]
 
 
 def _in_tiles(x: jax.Array, fill: float) -> jax.Array:
