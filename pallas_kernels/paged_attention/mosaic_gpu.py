@@ -59,10 +59,12 @@ def make_schedule(
     sliding_window: int | None,
     max_query_len: int | None,
     num_programs: int | None = None,
+    merge_inside: bool | None = None,
 ) -> Schedule:
     """See `jpaged.pallas_kernels.paged_attention.make_schedule`.
 
-    `num_programs` is for tests: one a multiprocessor if None.
+    `num_programs` is for tests: one a multiprocessor if None. `merge_inside` is as in
+    `mosaic_gpu_decode_schedule.make_schedule`; the interpreter needs False.
     """
     chunks = None
     if max_query_len != 1:
@@ -78,10 +80,16 @@ def make_schedule(
         seq_lens,
         query_start_loc,
         mosaic_gpu_decode_schedule.choose_geometry(
-            num_heads, num_kv_heads, head_dim, block_size, dtype
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            block_size,
+            dtype,
+            num_seqs=block_tables.shape[0],
         ),
         sliding_window=sliding_window,
         num_programs=num_programs,
+        merge_inside=merge_inside,
     )
     return Schedule(decodes=decodes, chunks=chunks)
 
@@ -115,12 +123,13 @@ def paged_attention(
             dtype=q.dtype,
             sliding_window=sliding_window,
             max_query_len=max_query_len,
+            merge_inside=None if interpret is None else False,
         )
     geometry = schedule.decodes.geometry
     options = {"scale": scale, "sliding_window": sliding_window, "soft_cap": soft_cap}
     chunk_out = None
     if schedule.chunks is not None:
-        # It leaves rows undefined: those of decodes, and of padding, which `combine` zeroes.
+        # It leaves rows undefined: those of decodes, and of padding, which decodes zero.
         chunk_out = mosaic_gpu_chunks.attend_chunks(
             None,
             q,
@@ -132,8 +141,8 @@ def paged_attention(
             **options,
             interpret=interpret,
         )
-    tiles = (num_tokens, -1, geometry.padded_rows, head_dim)
-    is_padded = geometry.padded_rows != geometry.query_rows
+    tiles = (num_tokens, -1, geometry.stored_rows, head_dim)
+    is_padded = geometry.stored_rows != geometry.query_rows
     if chunk_out is not None and not is_padded:
         # Decodes write their rows between those of the chunks.
         ref = jax.new_ref(chunk_out.reshape(tiles))
@@ -150,9 +159,11 @@ def paged_attention(
             **options,
             interpret=interpret,
         )
-    ref = jax.new_ref(out.reshape(num_tokens, geometry.head_groups, -1))
-    mosaic_gpu_combine.combine(ref, partial, stats, schedule.decodes, interpret=interpret)
-    out = jax.freeze(ref).reshape(tiles)[:, :, : geometry.query_rows]
+    if schedule.decodes.merges is not None:
+        ref = jax.new_ref(out.reshape(num_tokens, geometry.head_groups, -1))
+        mosaic_gpu_combine.combine(ref, partial, stats, schedule.decodes, interpret=interpret)
+        out = jax.freeze(ref)
+    out = out.reshape(tiles)[:, :, : geometry.query_rows]
     out = out.reshape(num_tokens, num_heads, head_dim)
     if chunk_out is not None and is_padded:
         is_decode = query_start_loc[1:] - query_start_loc[:-1] == 1

@@ -1,9 +1,10 @@
-"""Merges the partial results of sequences whose context was cut, after `mosaic_gpu_decode`.
+"""Merges partial results where `mosaic_gpu_decode` does not: many of few sequences.
 
 Each partial result is normalised and comes with the maximum (in powers of two) and the sum of its
-weights; merging them is the last step of flash decoding (Dao et al. 2023). With many sequences each
-was cut into two or three, and the work is spread over rows; a lone long sequence has more than a
-hundred partial results of few rows, which the warpgroups of a program share out.
+weights; merging them is the last step of flash decoding (Dao et al. 2023). The work is spread over
+rows; a lone long sequence of few heads has more than a hundred partial results, which the
+warpgroups of a program share out. JAX's interpreter, which has no atomic counters, takes this way
+for every sequence.
 """
 
 import functools
@@ -16,12 +17,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jpaged.pallas_kernels.paged_attention.mosaic_gpu_decode import MAX_START
 from jpaged.pallas_kernels.paged_attention.mosaic_gpu_decode_schedule import (
     MERGE_WIDTH,
-    META_WIDTH,
     DecodeSchedule,
 )
+from jpaged.pallas_kernels.paged_attention.mosaic_gpu_merge import MAX_START
 
 THREADS = 128
 # Loads of partial results that a warpgroup keeps in flight, and warpgroups of a program, at most:
@@ -43,7 +43,7 @@ def combine(
     vectors: int | None = None,
     interpret: Any = None,
 ) -> None:
-    """Writes the rows of sequences that were cut, and zeros to those of padding.
+    """Writes the rows of sequences that were cut.
 
     Args:
         out_ref: Ref `[num_tokens, head groups, the rest]`, written in place.
@@ -57,15 +57,16 @@ def combine(
     """
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    num_tokens = out_ref.shape[0]
+    assert schedule.merges is not None, "its programs merge themselves"
     num_parts, consumers, padded_rows, head_dim = partial.shape
-    rows = consumers * padded_rows
+    stored_rows = schedule.geometry.stored_rows
+    rows = consumers * stored_rows
     merges = schedule.merges.shape[0] // MERGE_WIDTH
     # Rows that fill the threads evenly: one of 128 elements, two of 64, eight of 80.
     rows_a_vector = THREADS // math.gcd(head_dim, THREADS)
     width = rows_a_vector * head_dim
     total_vectors = rows // rows_a_vector
-    expected = schedule.programs.shape[0] // META_WIDTH // merges + 1
+    expected = schedule.expected_parts
     unroll = unroll or min(MAX_UNROLL, _next_power(expected))
     warpgroups = warpgroups or min(MAX_WARPGROUPS, _next_power(-(-expected // unroll)))
     if vectors not in (None, 1) and warpgroups > 1:
@@ -78,7 +79,7 @@ def combine(
 
     pieces = total_vectors // vectors
 
-    def body(merges_ref, num_tokens_ref, partial_ref, stats_ref, out_ref, smem, done):
+    def body(merges_ref, partial_ref, stats_ref, out_ref, smem, done):
         candidate, piece = lax.axis_index("merge"), lax.axis_index("piece")
         wg = lax.axis_index("wg")
         parts, token, group, first_slot, next_slot = (
@@ -95,13 +96,16 @@ def combine(
         def _():
             for v in range(vectors):
                 row = (piece * vectors + v) * rows_a_vector
+                part_row = row
+                if schedule.geometry.shares_tile:  # of which a consumer has its own rows
+                    part_row += lax.div(row, jnp.int32(stored_rows)) * padded_rows
                 load = functools.partial(
                     _load_part,
                     partial_ref,
                     stats_ref,
-                    row,
+                    part_row,
                     rows_a_vector,
-                    pl.ds(row * head_dim, width),
+                    pl.ds(part_row * head_dim, width),
                     layout,
                     first_slot,
                     next_slot,
@@ -131,17 +135,6 @@ def combine(
                     acc = sum(a * s for a, s in zip(accs, scales, strict=True))
                     write(row, acc / jnp.maximum(total, 1e-30))
 
-        # Rows of padding, shared out among the programs.
-        @pl.when(wg == 0)
-        def _():
-            @pl.loop(num_tokens_ref[0] + candidate, num_tokens, step=merges)
-            def _(padding_token):
-                zeros = plgpu.layout_cast(jnp.zeros((width,), partial.dtype), layout)
-                for padded_group in range(schedule.geometry.head_groups):
-                    for v in range(vectors):
-                        row = (piece * vectors + v) * rows_a_vector
-                        out_ref[padding_token, padded_group, pl.ds(row * head_dim, width)] = zeros
-
     plgpu.kernel(
         body,
         out_type=(),
@@ -158,9 +151,8 @@ def combine(
         kernel_name="paged_decode_combine",
     )(
         schedule.merges,
-        schedule.num_tokens,
-        partial.reshape(num_parts, rows * head_dim),
-        stats.reshape(num_parts, 2, rows),
+        partial.reshape(num_parts, -1),
+        stats.reshape(num_parts, 2, -1),
         out_ref,
     )
 

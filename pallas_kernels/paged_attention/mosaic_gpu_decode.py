@@ -7,7 +7,8 @@ heads of a group into a ring of shared-memory stages by TMA; each consumer warpg
 64 rows (heads x slots) with the query heads of the sequence and masks what does not belong together
 (another head's rows, slots past the end). wgmma has 64 rows of queries anyway, so the masked
 products cost nothing that was not already paid. A sequence that lies in one run is written at once;
-of one that is cut, every run writes a normalised partial result, which `mosaic_gpu_combine` merges.
+of one that is cut, every run writes a normalised partial result, and the last run to end merges
+them (`mosaic_gpu_merge`), or, where many are expected, a kernel of its own (`mosaic_gpu_combine`).
 """
 
 import dataclasses
@@ -30,12 +31,17 @@ from jpaged.pallas_kernels.paged_attention.mosaic_gpu_decode_schedule import (
     DecodeSchedule,
     Geometry,
 )
+from jpaged.pallas_kernels.paged_attention.mosaic_gpu_merge import (
+    MAX_START,
+    Merge,
+    write_rows,
+    write_zeros,
+)
 
 LOG2E = math.log2(math.e)
 # A masked score must stay far below the start of the running maximum: with equal numbers the fused
 # multiply-add of `exp2(s * scale - max)` leaves a rounding residue large enough to overflow.
 MASKED = -1e30
-MAX_START = -1e20
 
 
 def attend_decodes(
@@ -50,7 +56,9 @@ def attend_decodes(
     out_ref: Any = None,
     interpret: Any = None,
 ) -> tuple[Array | None, Array, Array]:
-    """Attention of the sequences with one query, before cut ones are merged.
+    """Attention of the sequences with one query; zeros in rows of padding.
+
+    Where the schedule has `merges`, the rows of cut sequences are left to `combine`.
 
     Args:
         q: As `paged_attention`.
@@ -65,15 +73,14 @@ def attend_decodes(
         interpret: Parameters of the interpreter on the CPU.
 
     Returns:
-        The output `[num_tokens, tiles, padded_rows, head_dim]` (or None with `out_ref`), the
+        The output `[num_tokens, tiles, stored_rows, head_dim]` (or None with `out_ref`), the
         partial results `[parts, consumers, padded_rows, head_dim]` and their running maximum
         (in powers of two) and sum `[parts, 2, consumers, padded_rows]`.
     """
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
     geometry = schedule.geometry
-    num_tokens = q.shape[0]
-    padded = pad_queries(q, geometry)
+    stored = stored_queries(q, geometry)
     programs = schedule.programs.shape[0] // META_WIDTH
     W, D, rows, dtype = (
         geometry.consumers,
@@ -81,6 +88,7 @@ def attend_decodes(
         geometry.padded_rows,
         geometry.dtype,
     )
+    merge = None if schedule.merges is not None else Merge.of(schedule)
     transforms = mosaic_gpu.tile_transforms(D, dtype)
     kv_smem = plgpu.SMEM((geometry.stages, W * ROWS, D), dtype, transforms=transforms)
     square = mosaic_gpu.tile_transforms(ROWS, dtype)
@@ -88,6 +96,7 @@ def attend_decodes(
     body = functools.partial(
         _decode_kernel,
         geometry=geometry,
+        merge=merge,
         max_blocks=block_tables.shape[1],
         scale=scale,
         sliding_window=sliding_window,
@@ -95,10 +104,10 @@ def attend_decodes(
         interpreted=interpret is not None,
     )
 
-    def entry(meta_ref, info_ref, tables_ref, q_ref, pool_ref, *outputs):
+    def entry(*refs):
         # The output is an argument where the caller brings it, and the first result otherwise.
         def scoped(*scratch):
-            body(meta_ref, info_ref, tables_ref, q_ref, pool_ref, *outputs, scratch)
+            body(*refs, scratch)
 
         pl.run_scoped(
             scoped,
@@ -109,6 +118,7 @@ def attend_decodes(
             plgpu.SMEM((W, ROWS, ROWS), dtype, transforms=square)
             if interpret is not None
             else None,
+            plgpu.SMEM((W,), jnp.int32),
             plgpu.Barrier(num_barriers=2 * W),
             plgpu.Barrier(num_arrivals=boxes, num_barriers=geometry.stages),
             plgpu.Barrier(num_arrivals=boxes, num_barriers=geometry.stages),
@@ -119,7 +129,7 @@ def attend_decodes(
 
     parts = 2 * programs
     out_types = (
-        jax.ShapeDtypeStruct((num_tokens, padded.shape[1], rows, D), dtype),
+        jax.ShapeDtypeStruct(stored.shape, dtype),
         jax.ShapeDtypeStruct((parts, W, rows, D), dtype),
         jax.ShapeDtypeStruct((parts, 2, W, rows), jnp.float32),
     )
@@ -137,8 +147,10 @@ def attend_decodes(
     args = (
         schedule.programs,
         schedule.seqs,
+        schedule.sizes,
+        schedule.arrivals,
         block_tables.reshape(-1),
-        padded,
+        stored.reshape(stored.shape[0], -1, rows, D),
         _as_boxes(pool, geometry),
     )
     if out_ref is None:
@@ -148,13 +160,13 @@ def attend_decodes(
     return None, partial, stats
 
 
-def pad_queries(
+def stored_queries(
     q: Float[Array, "num_tokens num_heads head_dim"], geometry: Geometry
-) -> Float[Array, "num_tokens tiles padded_rows head_dim"]:
-    """Queries by consumer tile, rows filled up; free where the heads fill whole tiles."""
+) -> Float[Array, "num_tokens tiles stored_rows head_dim"]:
+    """Queries by consumer tile; free where these need no more rows than there are heads."""
     tiles = geometry.num_kv_heads // geometry.heads
     q = q.reshape(q.shape[0], tiles, geometry.query_rows, q.shape[2])
-    return jnp.pad(q, ((0, 0), (0, 0), (0, geometry.padded_rows - geometry.query_rows), (0, 0)))
+    return jnp.pad(q, ((0, 0), (0, 0), (0, geometry.stored_rows - geometry.query_rows), (0, 0)))
 
 
 def _as_boxes(pool, geometry):
@@ -174,6 +186,8 @@ def _boxes_per_stage(geometry: Geometry) -> int:
 def _decode_kernel(
     meta_ref,
     info_ref,
+    sizes_ref,
+    arrivals_ref,
     tables_ref,
     q_ref,
     pool_ref,
@@ -183,6 +197,7 @@ def _decode_kernel(
     scratch,
     *,
     geometry: Geometry,
+    merge: Merge | None,
     max_blocks: int,
     scale: float,
     sliding_window: int | None,
@@ -191,13 +206,13 @@ def _decode_kernel(
 ):
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    q_smem2, k_smem, v_smem, stats_smem2, p_smem, q_ready, k_ready, v_ready, k_free, v_free = (
-        scratch
-    )
+    q_smem2, k_smem, v_smem, stats_smem2, p_smem, seen_smem, *barriers = scratch
+    q_ready, k_ready, v_ready, k_free, v_free = barriers
     W, stages, slots = geometry.consumers, geometry.stages, geometry.slots
-    D, rows, groups, dtype = (
+    D, rows, stored_rows, groups, dtype = (
         geometry.head_dim,
         geometry.padded_rows,
+        geometry.stored_rows,
         geometry.head_groups,
         geometry.dtype,
     )
@@ -234,16 +249,30 @@ def _decode_kernel(
         slot_in_stage = lax.rem(kv_row, i32(run))
         if geometry.blocks > 1:
             slot_in_stage += lax.div(kv_row, i32(run * geometry.heads)) * run
+        if geometry.shares_tile:
+            kv_head += wg * geometry.heads
         same_head = lax.div(q_row, i32(geometry.group_size)) == kv_head
 
         def start_q(buffer, token, group):
+            tile = group if geometry.shares_tile else group * W + wg
             plgpu.copy_gmem_to_smem(
-                q_ref.at[token, group * W + wg],
+                q_ref.at[token, tile],
                 q_smem2.at[buffer, wg, pl.ds(0, rows)],
                 q_ready.at[buffer * W + wg],
             )
 
         num_segments = meta(1)
+
+        def count_in(seq, group, token, length, first):
+            """Says that a part of a cut context is there; merges all parts after the last one."""
+            num_stages = stage_end(length) - first
+            begin = info(seq, 4) + group * num_stages
+            cut = merge.locate(begin, num_stages, sizes_ref[1], num_programs)
+            is_last = merge.arrive(arrivals_ref.at[cut.owner * W + wg], seen_smem.at[wg], cut)
+
+            @pl.when(is_last)
+            def _():
+                merge.write(out_ref.at[token, group * W + wg], partial_ref, stats_ref, wg, cut)
 
         def segment(k, carry):
             done, left, seq, group, stage, token, length, first = carry
@@ -332,9 +361,15 @@ def _decode_kernel(
 
             @pl.when(is_whole)
             def _():
-                plgpu.copy_smem_to_gmem(
-                    q_smem.at[pl.ds(0, rows)], out_ref.at[token, group * W + wg]
-                )
+                to = out_ref.at[token, group * W + wg]
+                if geometry.shares_tile:
+                    for w in range(W):
+                        own = slice(w * stored_rows, (w + 1) * stored_rows)
+                        pl.when(wg == w)(
+                            functools.partial(write_rows, to, q_smem.at[pl.ds(0, rows)], own)
+                        )
+                else:
+                    plgpu.copy_smem_to_gmem(q_smem.at[pl.ds(0, rows)], to)
 
             @pl.when(jnp.logical_not(is_whole))
             def _():
@@ -344,6 +379,9 @@ def _decode_kernel(
                     plgpu.copy_smem_to_gmem(
                         stats_smem.at[i, pl.ds(0, rows)], stats_ref.at[part, i, wg]
                     )
+                if merge is not None:
+                    plgpu.wait_smem_to_gmem(0)
+                    count_in(seq, group, token, length, first)
 
             next_stage = following[2]
             if groups > 1:
@@ -358,6 +396,12 @@ def _decode_kernel(
             start_q(0, mine[0], group)
 
         lax.fori_loop(0, num_segments, segment, (i32(0), meta(0), seq, group, meta(4), *mine))
+
+        @pl.loop(sizes_ref[0] + program, out_ref.shape[0], step=num_programs)
+        def _(token):
+            for tile in range(groups):
+                write_zeros(out_ref.at[token, tile * W + wg], stored_rows, D, dtype)
+
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(wg == W)

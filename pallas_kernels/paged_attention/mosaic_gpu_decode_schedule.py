@@ -5,6 +5,7 @@ Made once a step, in a few small XLA kernels, for all layers; `mosaic_gpu_decode
 
 import dataclasses
 import functools
+import sys
 from typing import Any
 
 import jax
@@ -18,10 +19,13 @@ ROWS = 64
 # Ints of a program's row in the schedule: 8 fields, then the first block ids.
 META_WIDTH = 32
 META_FIELDS = 8
-# Ints of a sequence's row: row of its block table, token, context length, first stage of context.
-INFO_WIDTH = 4
+# Ints of a sequence's row: row of its block table, token, context length, first stage of context,
+# place of that stage in the layout of all contexts.
+INFO_WIDTH = 5
 # Ints of a merge: number of partial results, token, head group, first slot, second slot.
 MERGE_WIDTH = 8
+# The last program to end merges up to so many partial results; of more, a kernel of its own does.
+MAX_PARTS_INSIDE = 40
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +78,16 @@ class Geometry:
         return -(-self.query_rows // 8) * 8
 
     @property
+    def shares_tile(self) -> bool:
+        """Whether two consumers take half a shared-memory tile of queries each, from one tile."""
+        return self.consumers == 2 and self.query_rows == 4 and self.head_dim % 32 == 0
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows of a consumer in global memory."""
+        return self.query_rows if self.shares_tile else self.padded_rows
+
+    @property
     def stage_bytes(self) -> int:
         """Bytes of K and V of one stage."""
         return 2 * self.consumers * ROWS * self.head_dim * jnp.dtype(self.dtype).itemsize
@@ -86,19 +100,25 @@ def choose_geometry(
     block_size: int,
     dtype: jax.typing.DTypeLike,
     *,
+    num_seqs: int = sys.maxsize,
     stages: int | None = None,
 ) -> Geometry:
-    """The geometry for a model's heads.
+    """The geometry for a model's heads, and for a batch of up to so many sequences.
 
     Consumers split the kv heads, never the context, so that none of them needs another's result. Of
-    a head dim above 128 one consumer's tile is as large as two others'.
+    a head dim above 128 one consumer's tile is as large as two others'. Few sequences are walked in
+    several groups of heads: a context is then cut into fewer partial results, of fewer rows.
     """
     consumers = 2 if num_kv_heads % 2 == 0 and head_dim <= 128 else 1
     group_size = num_heads // num_kv_heads
-    heads = next(
+    fitting = [
         n
         for n in (4, 2, 1)
         if num_kv_heads // consumers % n == 0 and (n * group_size <= ROWS or n == 1)
+    ]
+    enough = mosaic_gpu.num_sms() * 9 // 10
+    heads = next(
+        (n for n in fitting if num_seqs * (num_kv_heads // (consumers * n)) >= enough), fitting[-1]
     )
     geometry = Geometry(
         num_kv_heads=num_kv_heads,
@@ -144,7 +164,7 @@ def unsupported_reasons(
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["programs", "seqs", "merges", "num_tokens"],
+    data_fields=["programs", "seqs", "sizes", "arrivals", "merges"],
     meta_fields=["geometry"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,18 +175,34 @@ class DecodeSchedule:
         programs: a row a program, with all that its first loads need: stages to walk, parts of
             sequences (segments) among them, index of the first sequence, its head group, the stage
             it starts at, its token, length and first stage, and the first block ids.
-        seqs: a row a decoding sequence: its row in the block tables, its token, its context length
-            and the first stage of its context (0 without a sliding window).
-        merges: a row a sequence and head group that may have been cut.
-        num_tokens: tokens of the batch that belong to a sequence.
+        seqs: a row a decoding sequence: its row in the block tables, its token, its context length,
+            the first stage of its context (0 without a sliding window), and how many stages of the
+            sequences before it are laid out before that one.
+        sizes: tokens of the batch that belong to a sequence, and stages of a program's run.
+        arrivals: zeros, a counter a program and consumer; the kernel leaves zeros behind.
+        merges: a row a sequence and head group that may have been cut, for `mosaic_gpu_combine`;
+            None where the programs merge themselves.
         geometry: static.
     """
 
     programs: Int32[Array, " programs_x_META_WIDTH"]
     seqs: Int32[Array, " seqs_x_INFO_WIDTH"]
-    merges: Int32[Array, " merges_x_MERGE_WIDTH"]
-    num_tokens: Int32[Array, " 1"]
+    sizes: Int32[Array, " 2"]
+    arrivals: Int32[Array, " programs_x_consumers"]
+    merges: Int32[Array, " merges_x_MERGE_WIDTH"] | None
     geometry: Geometry
+
+    @property
+    def expected_parts(self) -> int:
+        """About how many partial results a context has that is cut."""
+        return _expected_parts(
+            self.programs.shape[0] // META_WIDTH,
+            (self.seqs.shape[0] // INFO_WIDTH - 1) * self.geometry.head_groups,
+        )
+
+
+def _expected_parts(programs: int, units: int) -> int:
+    return -(-programs // max(units, 1)) + 1
 
 
 def make_schedule(
@@ -178,6 +214,7 @@ def make_schedule(
     sliding_window: int | None = None,
     num_programs: int | None = None,
     min_stages: int = 2,
+    merge_inside: bool | None = None,
 ) -> DecodeSchedule:
     """The schedule of a step, in a few small XLA kernels.
 
@@ -189,14 +226,16 @@ def make_schedule(
         sliding_window: As `paged_attention`.
         num_programs: Programs to launch; one a multiprocessor if None.
         min_stages: The fewest stages worth a program of its own.
+        merge_inside: Whether the programs merge partial results themselves; where few are expected
+            if None.
     """
     programs = num_programs or mosaic_gpu.num_sms()
     slots, groups = geometry.slots, geometry.head_groups
     num_seqs = block_tables.shape[0]
     lens = jnp.where(query_start_loc[1:] - query_start_loc[:-1] == 1, seq_lens, 0)
     # Decodes first, in order, and nothing between them.
-    rank = jnp.cumsum(lens > 0)
     index = jnp.arange(num_seqs, dtype=jnp.int32)
+    rank = _running_sum(lens > 0)
     table_row = (rank[None, :] <= index[:, None]).sum(-1, dtype=jnp.int32)
     table_row = jnp.minimum(table_row, num_seqs - 1)
     token = query_start_loc[table_row]
@@ -206,13 +245,14 @@ def make_schedule(
     if sliding_window is not None:
         first = jnp.maximum(lens - sliding_window, 0) // slots
     length = last - first  # stages of each sequence and head group
-    end = jnp.cumsum(length * groups)
+    end = _running_sum(length * groups)
     start = end - length * groups
     total = end[-1]
 
     c = jnp.arange(programs + 1, dtype=jnp.int32)
     # Whole stages a program: the longest run is not longer for it, and there are fewer cuts.
-    cut = jnp.minimum(c * jnp.maximum(-(-total // programs), min_stages), total)
+    share = jnp.maximum(-(-total // programs), min_stages)
+    cut = jnp.minimum(c * share, total)
 
     def place(position):
         """Sequence, head group and stage at each position of the laid out context."""
@@ -232,8 +272,29 @@ def make_schedule(
     fields = [count, segments, seq, group, stage, token[seq], lens[seq], first[seq]]
     meta = jnp.concatenate([jnp.stack(fields, 1), ids.reshape(programs, -1)], axis=1)
     meta = jnp.pad(meta, ((0, 0), (0, META_WIDTH - meta.shape[1])))
-    info = jnp.stack([table_row, token, lens, first], 1)
+    info = jnp.stack([table_row, token, lens, first, start], 1)
+    if merge_inside is None:
+        merge_inside = _expected_parts(programs, num_seqs * groups) <= MAX_PARTS_INSIDE
+    merges = None if merge_inside else _merges(cut, start, length, first, token, groups, place)
+    return DecodeSchedule(
+        programs=meta.reshape(-1),
+        seqs=jnp.pad(info.reshape(-1), (0, INFO_WIDTH)),
+        sizes=jnp.stack([query_start_loc[-1], share]),
+        arrivals=jnp.zeros(programs * geometry.consumers, jnp.int32),
+        merges=merges,
+        geometry=geometry,
+    )
 
+
+def _running_sum(x):
+    """`jnp.cumsum` of a few numbers: one kernel, where XLA's has four."""
+    index = jnp.arange(x.shape[0])
+    return jnp.where(index <= index[:, None], x, 0).sum(-1, dtype=jnp.int32)
+
+
+def _merges(cut, start, length, first, token, groups, place):
+    """The rows of `DecodeSchedule.merges`."""
+    num_seqs, programs = start.shape[0], cut.shape[0] - 1
     by_unit = num_seqs * groups < programs or programs == 1
     if by_unit:  # a candidate is a sequence and head group
         unit = jnp.arange(num_seqs * groups, dtype=jnp.int32)
@@ -255,16 +316,8 @@ def make_schedule(
     # A program's first segment has its slot c, any other that is cut has slot `programs + c`.
     slot = owner + jnp.where(cut[jnp.maximum(owner, 0)] < begin, programs, 0)
     none = jnp.zeros_like(parts)
-    merges = jnp.stack(
-        [parts, token[unit_seq], unit_group, slot, first_inside, none, none, none], 1
-    )
-    return DecodeSchedule(
-        programs=meta.reshape(-1),
-        seqs=jnp.pad(info.reshape(-1), (0, INFO_WIDTH)),
-        merges=merges.reshape(-1),
-        num_tokens=query_start_loc[-1:],
-        geometry=geometry,
-    )
+    fields = [parts, token[unit_seq], unit_group, slot, first_inside, none, none, none]
+    return jnp.stack(fields, 1).reshape(-1)
 
 
 def _block_ids(block_tables, table_row, seq, stage, geometry):

@@ -50,6 +50,7 @@ def test_equals_the_reference(case):
         sliding_window=case.sliding_window,
         max_query_len=None,
         num_programs=3,
+        merge_inside=False,
     )
     out = mosaic_gpu.paged_attention(
         **arrays, **options, schedule=schedule, interpret=gpu_interpreter()

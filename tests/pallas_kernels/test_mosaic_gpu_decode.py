@@ -71,10 +71,24 @@ CASES = (
 MIXED = DECODES(name="mixed", query_lens=(1, 7, 1, 2, 1), seq_lens=(100, 33, 50, 4, 7))
 
 
-def _attend(arrays, case, *, num_programs, interpret=None, into=None, **combine_options):
+def _attend(
+    arrays,
+    case,
+    *,
+    num_programs,
+    interpret=None,
+    into=None,
+    as_one_of_many=False,
+    **combine_options,
+):
     q, pool, tables = arrays["q"], arrays["pool"], arrays["block_tables"]
     geometry = mosaic_gpu_decode_schedule.choose_geometry(
-        q.shape[1], pool.shape[2], q.shape[2], pool.shape[3], q.dtype
+        q.shape[1],
+        pool.shape[2],
+        q.shape[2],
+        pool.shape[3],
+        q.dtype,
+        num_seqs=1 << 20 if as_one_of_many else tables.shape[0],
     )
     schedule = mosaic_gpu_decode_schedule.make_schedule(
         tables,
@@ -83,8 +97,10 @@ def _attend(arrays, case, *, num_programs, interpret=None, into=None, **combine_
         geometry,
         sliding_window=case.sliding_window,
         num_programs=num_programs,
+        merge_inside=None if interpret is None else False,
     )
-    rows = (q.shape[0], -1, geometry.padded_rows, q.shape[2])
+    tiles = geometry.num_kv_heads // geometry.heads
+    rows = (q.shape[0], tiles, geometry.stored_rows, q.shape[2])
     ref = None if into is None else jax.new_ref(into.reshape(rows))
     out, partial, stats = mosaic_gpu_decode.attend_decodes(
         q,
@@ -99,11 +115,13 @@ def _attend(arrays, case, *, num_programs, interpret=None, into=None, **combine_
     )
     out = jax.freeze(ref) if ref is not None else out
     assert out is not None
-    ref = jax.new_ref(out.reshape(q.shape[0], geometry.head_groups, -1))
-    mosaic_gpu_combine.combine(
-        ref, partial, stats, schedule, interpret=interpret, **combine_options
-    )
-    return jax.freeze(ref).reshape(rows)[:, :, : geometry.query_rows].reshape(q.shape)
+    if schedule.merges is not None:
+        ref = jax.new_ref(out.reshape(q.shape[0], geometry.head_groups, -1))
+        mosaic_gpu_combine.combine(
+            ref, partial, stats, schedule, interpret=interpret, **combine_options
+        )
+        out = jax.freeze(ref)
+    return out.reshape(rows)[:, :, : geometry.query_rows].reshape(q.shape)
 
 
 def _expected(arrays, case):
@@ -132,6 +150,14 @@ def test_equals_the_reference_when_interpreted(case):
     _assert_close(out, _expected(arrays, case), jnp.bfloat16)
     num_padded = case.num_padding_tokens
     assert num_padded == 0 or not np.asarray(out[-num_padded:], np.float32).any()
+
+
+@needs_gpu_interpreter
+@pytest.mark.parametrize("case", CASES[:4], ids=lambda case: case.name)
+def test_heads_go_together_in_large_batches(case):
+    arrays = make(case, jnp.bfloat16)
+    out = _attend(arrays, case, num_programs=3, interpret=gpu_interpreter(), as_one_of_many=True)
+    _assert_close(out, _expected(arrays, case), jnp.bfloat16)
 
 
 @needs_gpu_interpreter
@@ -171,21 +197,22 @@ def test_rows_of_chunks_are_left_alone():
 
 @needs_gpu_interpreter
 @pytest.mark.parametrize(
-    ("num_seqs", "num_heads", "num_kv_heads", "head_dim", "block_size"),
+    ("num_seqs", "num_heads", "num_kv_heads", "head_dim", "block_size", "num_kernels"),
     [
-        (1, 32, 8, 128, 16),
-        (256, 32, 8, 128, 16),
-        (64, 32, 8, 128, 128),
-        (64, 40, 40, 128, 16),
-        (64, 28, 4, 128, 16),
-        (64, 16, 8, 256, 32),
-        (8, 32, 32, 80, 16),
-        (8, 32, 32, 96, 64),
-        (8, 9, 3, 64, 16),
-        (8, 128, 8, 128, 16),
+        (1, 32, 8, 128, 16, 1),
+        (256, 32, 8, 128, 16, 1),
+        (64, 32, 8, 128, 128, 1),
+        (64, 40, 40, 128, 16, 1),
+        (64, 28, 4, 128, 16, 1),
+        (64, 16, 8, 256, 32, 1),
+        (8, 32, 32, 80, 16, 1),
+        (8, 32, 32, 96, 64, 1),
+        (8, 9, 3, 64, 16, 1),
+        (8, 128, 8, 128, 16, 1),
+        (1, 8, 2, 128, 16, 2),  # 132 programs share what one sequence has of two heads
     ],
 )
-def test_lowers_for_a_gpu(num_seqs, num_heads, num_kv_heads, head_dim, block_size):
+def test_lowers_for_a_gpu(num_seqs, num_heads, num_kv_heads, head_dim, block_size, num_kernels):
     def ints(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
@@ -199,7 +226,7 @@ def test_lowers_for_a_gpu(num_seqs, num_heads, num_kv_heads, head_dim, block_siz
     case = Case(name="large", query_lens=(), seq_lens=(), head_dim=head_dim)
     attend = jax.jit(lambda arrays: _attend(arrays, case, num_programs=132))
     text = attend.trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("mosaic_gpu_v2") == 2
+    assert text.count("mosaic_gpu_v2") == num_kernels
 
 
 @pytest.mark.parametrize(
