@@ -46,6 +46,7 @@ PARTS = ("gemm", "attention", "sampling", "rest")
 # Names of cuBLAS's, CUTLASS's, XLA's and our own matrix products.
 _GEMM = re.compile(r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|matmul|linear", re.IGNORECASE)
 _ATTENTION = re.compile(r"paged|attention|attend|chunks|combine", re.IGNORECASE)
+_SAMPLING = re.compile(r"choose_tokens|token_tiles")
 _SAMPLING_FILES = ("sampler.py", "token_choice.py")
 
 
@@ -144,7 +145,7 @@ class Parts:
     def part(self, kernel: str) -> str:
         """One of `PARTS`."""
         file = self._file_of.get(kernel, "")
-        if file.endswith(_SAMPLING_FILES):
+        if file.endswith(_SAMPLING_FILES) or _SAMPLING.search(kernel):
             return "sampling"
         if "/linear/" in file or _GEMM.search(kernel):
             return "gemm"

@@ -32,7 +32,7 @@ class StepShape:
     Attributes:
         num_tokens: flat tokens.
         num_seqs: sequences.
-        decode_only: whether every sequence decodes.
+        decode_only: whether every sequence decodes, so that tokens are sequences.
         plain: whether every sequence takes its most likely token, or draws from all of them, and
             asks for nothing else, and no block is copied.
     """

@@ -21,7 +21,7 @@ from jpaged.models.sharding import RowShare
 from jpaged.sampling_params import GREEDY_EPSILON
 from jpaged.sampling_rows import Column
 from jpaged.structured_outputs import mask_width
-from jpaged.token_choice import all_weights, argmax, draw, kept_weights, top_k, uniforms
+from jpaged.token_choice import argmax, choose, draw, kept_weights, top_k, uniforms
 
 
 @jax.tree_util.register_dataclass
@@ -279,9 +279,9 @@ def sample_plain(
     x = logits.astype(jnp.float32)
     own = inputs if share is None else share.of(inputs)
     random = own.samples & (own.temperature >= GREEDY_EPSILON)
-    weights = all_weights(x, jnp.where(random, own.temperature, 1.0))
-    drawn = draw(weights, uniforms(own.seed, own.seq_index, own.position))
-    tokens = jnp.where(random, drawn, argmax(x))
+    temperature = jnp.where(random, own.temperature, 1.0)
+    numbers = uniforms(own.seed, own.seq_index, own.position)
+    tokens = choose(x, temperature, random, numbers)
     if share is not None:
         tokens = share.gathered(tokens)
     return tokens, _stored(tokens, inputs, state)

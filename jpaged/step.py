@@ -163,11 +163,11 @@ class StepFunction:
     ) -> tuple[Any, sampler.SamplerState, dict[str, Any]]:
         arrays = unpack(packed, shape, self._max_blocks_per_seq)
         # A pending token belongs to a decode row, and those stand at their sequence's index.
-        seq_of_token = jnp.minimum(jnp.arange(shape.num_tokens), shape.num_seqs - 1)
+        rows = arrays.rows
+        if not shape.decode_only:
+            rows = rows[jnp.minimum(jnp.arange(shape.num_tokens), shape.num_seqs - 1)]
         token_ids = jnp.where(
-            arrays.token_ids == PENDING_TOKEN,
-            state.last_tokens[arrays.rows[seq_of_token]],
-            arrays.token_ids,
+            arrays.token_ids == PENDING_TOKEN, state.last_tokens[rows], arrays.token_ids
         )
         if shape.num_copies:
             pools = _copied(pools, arrays.copy_sources, arrays.copy_destinations)
@@ -181,19 +181,22 @@ class StepFunction:
         hidden, pools = self._model.hidden_states(
             params, token_ids, arrays.positions, pools, metadata
         )
-        last = jnp.maximum(arrays.query_start_loc[1:] - 1, 0)
+        last_hidden, last_tokens = hidden, token_ids
+        if not shape.decode_only:
+            last = jnp.maximum(arrays.query_start_loc[1:] - 1, 0)
+            last_hidden, last_tokens = hidden[last], token_ids[last]
         inputs = sampler.unpack_sampling_inputs(
             arrays.sampling_rows,
             arrays.seq_lens,
             arrays.rows,
-            token_ids[last],
+            last_tokens,
             arrays.samples,
             arrays.ban_tokens,
             arrays.ban_if_last,
         )
         # Logits are too large to be sent to all devices: each samples some of the rows.
         share = self._model.row_share(shape.num_seqs)
-        logits = self._model.logits(params, hidden[last], share)
+        logits = self._model.logits(params, last_hidden, share)
         if shape.plain:
             tokens, state = sampler.sample_plain(logits, inputs, state, share)
             return pools, state, {"tokens": tokens}

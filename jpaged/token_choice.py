@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jpaged.pallas_kernels import registry
+from jpaged.pallas_kernels.mosaic_gpu import device_reasons
+
 _TILE = 128
 """Tokens summed up in the first level of the two-level search."""
 
@@ -103,6 +106,44 @@ def draw(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
     tile = _inverse_cdf(tiles.sum(axis=2), uniforms[:, 0])
     lane = _inverse_cdf(_tile_of(tiles, tile), uniforms[:, 1])
     return jnp.minimum(tile * _TILE + lane, weights.shape[1] - 1)
+
+
+def choose(
+    x: jax.Array,
+    temperature: jax.Array,
+    random: jax.Array,
+    uniforms: jax.Array,
+    *,
+    implementation: registry.Implementation | None = None,
+) -> jax.Array:
+    """Returns the most likely token of each row or, where asked for, one drawn from all, i32[S].
+
+    Args:
+        x: f32[S, V], logits.
+        temperature: f32[S], > 0.
+        random: bool[S], where to draw.
+        uniforms: f32[S, 2], as `draw`.
+        implementation: A name never falls back; None chooses.
+
+    Raises:
+        NotImplementedError: The implementation asked for cannot serve the problem.
+    """
+
+    def mosaic_gpu_reasons() -> list[str]:
+        if reasons := list(device_reasons()):
+            return reasons
+        from jpaged.pallas_kernels import choose_tokens_mosaic_gpu
+
+        return choose_tokens_mosaic_gpu.unsupported_reasons(x)
+
+    name = registry.choose(
+        "choose_tokens", implementation, {"mosaic_gpu": mosaic_gpu_reasons, "xla": list}
+    )
+    if name == "mosaic_gpu":
+        from jpaged.pallas_kernels import choose_tokens_mosaic_gpu
+
+        return choose_tokens_mosaic_gpu.choose_tokens(x, temperature, random, uniforms)
+    return jnp.where(random, draw(all_weights(x, temperature), uniforms), argmax(x))
 
 
 def uniforms(seed: jax.Array, seq_index: jax.Array, position: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from token_draws import TILE, check_draws, draw_case
 
 from jpaged.pallas_kernels import (
     KVCacheSpec,
@@ -21,6 +22,7 @@ from jpaged.pallas_kernels import (
 from jpaged.pallas_kernels import mosaic_gpu as device
 from jpaged.pallas_kernels.linear import num_splits
 from jpaged.pallas_kernels.paged_attention.cases import Case, make
+from jpaged.token_choice import choose
 
 pytestmark = [
     pytest.mark.gpu,
@@ -203,6 +205,14 @@ def test_residual_and_norm(num_rows, size, num_parts):
     np.testing.assert_array_equal(ours[0].astype(F32), xla[0].astype(F32))
     # XLA may leave out the rounding before the weight: one ulp of values below 8.
     np.testing.assert_allclose(ours[1].astype(F32), xla[1].astype(F32), atol=0.032, rtol=0)
+
+
+@pytest.mark.parametrize("num_rows", [3, 64, 700])
+@pytest.mark.parametrize("vocab_size", [32000, 128256, 151936])
+def test_tokens(num_rows, vocab_size):
+    case = draw_case(vocab_size // TILE, num_rows)
+    chosen = jax.jit(functools.partial(choose, implementation="mosaic_gpu"))(*case)
+    check_draws(*case, chosen)
 
 
 def test_block_copies_read_before_they_write():
