@@ -44,7 +44,7 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         values, indices = lax.top_k(x, k)
         return values, indices
     tiles = _in_tiles(x, -jnp.inf)
-    _, chosen = lax.top_k(tiles.max(axis=2), k)
+    _, chosen = lax.top_k(_to_power_of_two(tiles.max(axis=2)), k)
     # In the order of the vocabulary, which is that of equal values; the padding stays last.
     chosen = jnp.sort(chosen, axis=1)
     candidates = jnp.take_along_axis(tiles, chosen[:, :, None], axis=1).reshape(x.shape[0], -1)
@@ -183,6 +183,17 @@ def _in_tiles(x: jax.Array, fill: float) -> jax.Array:
     if padding:
         x = jnp.pad(x, ((0, 0), (0, padding)), constant_values=fill)
     return x.reshape(num_rows, -1, _TILE)
+
+
+def _to_power_of_two(maxima: jax.Array) -> jax.Array:
+    """Returns [S, tiles] with -inf up to a power of two of columns, none of which is in a top k.
+
+    The TPU compiler sorts such rows by another program, compiled sooner: 32 rows of 1,024 in 0.5 s,
+    of 1,002 in 2.9.
+    """
+    num_tiles = maxima.shape[1]
+    padding = (1 << (num_tiles - 1).bit_length()) - num_tiles
+    return jnp.pad(maxima, ((0, 0), (0, padding)), constant_values=-jnp.inf)
 
 
 def _tile_of(tiles: jax.Array, index: jax.Array) -> jax.Array:
