@@ -110,7 +110,7 @@ class CausalLM:
         if share is not None:
             whole = share.exchanged(logits)
         else:
-            whole = jax.lax.all_gather(logits, self._axis, axis=1, tiled=True)
+            whole = sharding.gathered_columns(logits, self._axis)
         return whole[:, : self.config.vocab_size]
 
 
