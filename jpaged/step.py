@@ -260,7 +260,11 @@ def _copied(pools: tuple[jax.Array, ...], src: jax.Array, dst: jax.Array) -> tup
     """The pools with the step's block copies made in every layer, if there are any."""
     return lax.cond(
         (dst != 0).any(),
-        lambda pools: tuple(copy_blocks(pool, src, dst) for pool in pools),
+        lambda pools: tuple(_copy_blocks(pool, src, dst) for pool in pools),
         lambda pools: pools,
         pools,
     )
+
+
+# Traced and lowered once for all layers.
+_copy_blocks = jax.jit(copy_blocks)
