@@ -310,6 +310,15 @@ def _if_any(flags: jax.Array, function, x: jax.Array) -> jax.Array:
     return lax.cond(flags.any(), function, lambda x: x, x)
 
 
+def _rows_of(array: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns `array[rows]`, [S, V] of [R, V], for rows that exist.
+
+    As slices: for rows as an index the TPU compiler copies all of the array into fast memory
+    first, and takes two seconds to say how.
+    """
+    return jax.vmap(lambda row: lax.dynamic_index_in_dim(array, row, keepdims=False))(rows)
+
+
 def _penalised(inputs: SamplingInputs) -> jax.Array:
     """Returns bool[S]: which rows have a penalty."""
     return inputs.samples & (
@@ -328,14 +337,14 @@ def _active_bans(inputs: SamplingInputs) -> jax.Array:
 def _add_bias(
     biased: jax.Array, inputs: SamplingInputs, state: SamplerState, x: jax.Array
 ) -> jax.Array:
-    return jnp.where(biased[:, None], x + state.bias[inputs.rows], x)
+    return jnp.where(biased[:, None], x + _rows_of(state.bias, inputs.rows), x)
 
 
 def _mask(
     masked: jax.Array, inputs: SamplingInputs, state: SamplerState, logits: jax.Array, x: jax.Array
 ) -> jax.Array:
     """Bans what structured output does not allow; what left a row no token before gives way."""
-    words = state.allowed[inputs.rows]
+    words = _rows_of(state.allowed, inputs.rows)
     bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.int32)) & 1
     allowed = bits.reshape(words.shape[0], -1)[:, : x.shape[1]] != 0
     y = jnp.where(allowed, x, -jnp.inf)
@@ -356,11 +365,9 @@ def _ban(bans: jax.Array, inputs: SamplingInputs, x: jax.Array) -> jax.Array:
 def _penalise(
     penalised: jax.Array, inputs: SamplingInputs, state: SamplerState, x: jax.Array
 ) -> jax.Array:
-    counts = state.output_counts[inputs.rows]
+    counts = _rows_of(state.output_counts, inputs.rows)
     in_output = counts > 0
-    # As words: rows of bytes that are gathered the TPU compiler holds in fast memory, all at once,
-    # and has no room for 256 rows of a vocabulary of 128,256.
-    in_prompt = state.prompt_mask.astype(jnp.int32)[inputs.rows] != 0
+    in_prompt = _rows_of(state.prompt_mask, inputs.rows)
     repeated = in_output | in_prompt
     repetition = inputs.repetition_penalty[:, None]
     y = jnp.where(repeated, jnp.where(x > 0, x / repetition, x * repetition), x)
