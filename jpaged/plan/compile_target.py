@@ -1,9 +1,9 @@
-"""Compiles a step of the engine for TPUs that are not there.
+"""Compiles steps of the engine for TPUs that are not there.
 
-    python -m jpaged.plan.compile_target < job.json
+    python -m jpaged.plan.compile_target < jobs.jsonl
 
-libtpu reads its environment once, as it is loaded, so that every target needs a process of its own.
-The job is a JSON object (`Job`), and so is what came of it (`Compiled`).
+A job is a JSON object on a line (`Job`), and so is what came of it (`Compiled`). One process
+compiles for any targets, whatever slice libtpu was told of as it was loaded: a job names its own.
 """
 
 import dataclasses
@@ -93,7 +93,10 @@ class Compiled:
 
 
 def environment(job: Job) -> dict[str, str]:
-    """What libtpu and JAX must find in the environment before they are loaded."""
+    """What libtpu and JAX must find in the environment before they are loaded.
+
+    The slice is that of the process's first job; others compile to the same programs in it.
+    """
     return {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -105,7 +108,7 @@ def environment(job: Job) -> dict[str, str]:
 
 
 def compile_step(job: Job) -> Compiled:
-    """Compiles the step of a job; its `environment` must be this process's before JAX is loaded."""
+    """Compiles the step of a job; an `environment` must be this process's before JAX is loaded."""
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
@@ -190,10 +193,11 @@ def _share_bytes(params: Any, specs: Any, mesh: Any) -> int:
 
 
 def main() -> None:
-    """Reads a job and writes what came of it."""
-    job = Job(**json.load(sys.stdin))
-    os.environ.update(environment(job))
-    print(json.dumps(dataclasses.asdict(compile_step(job))))
+    """Reads jobs and writes what came of each."""
+    for line in sys.stdin:
+        job = Job(**json.loads(line))
+        os.environ.update(environment(job))
+        print(json.dumps(dataclasses.asdict(compile_step(job))), flush=True)
 
 
 if __name__ == "__main__":

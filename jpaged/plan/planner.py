@@ -18,7 +18,7 @@ from jpaged.models.config import ModelConfig
 from jpaged.models.sharding import local_config
 from jpaged.plan import estimate
 from jpaged.plan.compile_target import Compiled, Job
-from jpaged.plan.compiler import check_installed, compile_job
+from jpaged.plan.compiler import Compilers, check_installed
 from jpaged.plan.estimate import StepTime, Work
 from jpaged.plan.models import read_model
 from jpaged.plan.targets import GIB, Target, parse_target, siblings
@@ -151,11 +151,16 @@ def make_plan(
         raise ValueError(f"context_len must be at most max_model_len={longest}, got {context_len}")
     if any(machine.device.platform == "tpu" for machine in machines):
         check_installed()
-    planner = _Planner(config, engine_options, context_len, report_progress)
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    # Compiling for faster chips takes longer, so they come first: what is last should be short.
+    by_cost = sorted(machines, key=lambda machine: -machine.device.matmul_flop_s)
+    with (
+        Compilers() as compilers,
+        concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool,
+    ):
+        planner = _Planner(config, engine_options, context_len, compilers.compile, report_progress)
         try:
             # Large steps first, so that at the end no core waits for another's.
-            sized = {pool.submit(planner.size, machine): machine for machine in machines}
+            sized = {pool.submit(planner.size, machine): machine for machine in by_cost}
             timed = {
                 sized[done]: pool.submit(planner.time, done.result())
                 for done in concurrent.futures.as_completed(sized)
@@ -225,11 +230,13 @@ class _Planner:
         config: ModelConfig,
         options: EngineConfig,
         context_len: int,
+        compile_job: Callable[[Job], Compiled],
         report_progress: Callable[[str], None],
     ) -> None:
         self._config = config
         self._options = options
         self._context_len = context_len
+        self._compile_job = compile_job
         self._report = report_progress
         self._reporting = threading.Lock()
 
@@ -311,7 +318,7 @@ class _Planner:
     def _compile(self, plan: TargetPlan, shape: StepShape, num_blocks: int) -> Compiled:
         with self._reporting:
             self._report(f"{plan.target.name}: compiling {shape.name}")
-        return compile_job(
+        return self._compile_job(
             step_job(
                 self._options,
                 self._config,

@@ -20,11 +20,12 @@ def compiled(monkeypatch):
     """The jobs that were compiled, and what came of each."""
     found = []
 
-    def compile_job(job):
-        found.append((job, compiler.compile_job(job)))
-        return found[-1][1]
+    class KeepingCompilers(compiler.Compilers):
+        def compile(self, job):
+            found.append((job, super().compile(job)))
+            return found[-1][1]
 
-    monkeypatch.setattr(planner, "compile_job", compile_job)
+    monkeypatch.setattr(planner, "Compilers", KeepingCompilers)
     return found
 
 

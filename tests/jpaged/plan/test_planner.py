@@ -1,5 +1,7 @@
 """Blocks, speed and refusals, with a compiler that says what a test wants."""
 
+import contextlib
+
 import jax.numpy as jnp
 import pytest
 
@@ -8,7 +10,7 @@ from jpaged.engine_config import EngineConfig
 from jpaged.models.sharding import local_config
 from jpaged.pallas_kernels import KVCacheSpec
 from jpaged.plan import compiler, estimate, planner
-from jpaged.plan.compile_target import Compiled, Job
+from jpaged.plan.compile_target import Compiled
 from jpaged.plan.models import read_model
 from jpaged.plan.planner import make_plan
 from jpaged.plan.targets import parse_target
@@ -19,13 +21,16 @@ WEIGHT_BYTES = 16_060_522_496
 TEMP_BYTES = 850_000_000
 
 
-class FakeCompiler:
+class FakeCompilers(contextlib.nullcontext):
     """Keeps the jobs; the device's share of memory is even."""
 
     jobs: list
     error = ""
 
-    def __call__(self, job):
+    def __enter__(self):
+        return self
+
+    def compile(self, job):
         self.jobs.append(job)
         if self.error:
             return Compiled(error=self.error)
@@ -44,10 +49,10 @@ class FakeCompiler:
 
 @pytest.fixture
 def jobs(monkeypatch):
-    FakeCompiler.jobs, FakeCompiler.error = [], ""
-    monkeypatch.setattr(planner, "compile_job", FakeCompiler())
+    FakeCompilers.jobs, FakeCompilers.error = [], ""
+    monkeypatch.setattr(planner, "Compilers", FakeCompilers)
     monkeypatch.setattr(planner, "check_installed", lambda: None)
-    return FakeCompiler.jobs
+    return FakeCompilers.jobs
 
 
 def only(*args, **options):
@@ -105,10 +110,10 @@ def test_large_steps_come_first_and_plans_in_the_order_asked_for(jobs, monkeypat
 
 
 def test_a_failure_ends_the_plan(jobs, monkeypatch):
-    def fail(job):
+    def fail(self, job):
         raise RuntimeError("compiling failed")
 
-    monkeypatch.setattr(planner, "compile_job", fail)
+    monkeypatch.setattr(FakeCompilers, "compile", fail)
     with pytest.raises(RuntimeError, match="compiling failed"):
         make_plan("llama-3-8b", ["h200", "v6e-8", "v5p-8"])
 
@@ -177,7 +182,7 @@ def test_a_sequence_that_is_too_long_is_told_what_would_fit():
 
 
 def test_what_the_compiler_refuses_does_not_fit(jobs):
-    FakeCompiler.error = "RESOURCE_EXHAUSTED: of HBM"
+    FakeCompilers.error = "RESOURCE_EXHAUSTED: of HBM"
     plan = only(["v6e-8"])
     assert plan.why_not == "the compiler refuses mixed_2048x256: RESOURCE_EXHAUSTED: of HBM"
     assert plan.num_blocks == 0
@@ -239,26 +244,3 @@ def test_an_unknown_model_is_answered_with_those_there_are():
         make_plan("llama-9", ["h200"])
     for name in ("smollm2-135m-instruct", "llama-3-8b", "qwen3-32b", "tiny"):
         assert name in str(info.value)
-
-
-def test_a_compiler_that_ends_says_why(monkeypatch):
-    monkeypatch.setattr(compiler, "check_installed", lambda: None)
-    monkeypatch.setattr(compiler.sys, "executable", "/bin/false")
-    job = Job(
-        topology_name="v6e:2x2",
-        accelerator_type="v6e-4",
-        model="tiny",
-        dtype="bfloat16",
-        tensor_parallel_size=1,
-        block_size=16,
-        num_blocks=8,
-        max_model_len=64,
-        max_num_seqs=8,
-        max_logprobs=0,
-        num_tokens=8,
-        num_seqs=8,
-        decode_only=True,
-        plain=True,
-    )
-    with pytest.raises(RuntimeError, match="compiling for v6e:2x2 failed: it said nothing"):
-        compiler.compile_job(job)
