@@ -77,7 +77,8 @@ def test_logits_are_those_of_one_device(name, tmp_path):
     directory = tiny_models.write_checkpoint(tmp_path / "hf", RAW[name])
     _, want = _logits(directory, 1)
     cut, got = _logits(directory, CASES[name])
-    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+    # Sums in another order: of the largest logit, which tied embeddings make six times larger.
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
     shares = {
         shard.device for leaf in jax.tree.leaves(cut.params) for shard in leaf.addressable_shards
     }
