@@ -46,7 +46,8 @@ class Walk:
         turns: Iterations of the loop with the most products that a tile takes.
         queries: Queries of a tile.
         has_outer: Whether the loop around that one is also walked once a tile.
-        masked_turns: Iterations of another loop, for a tile that needs a mask.
+        masked_turns: Iterations of another loop, for a tile that needs a mask; the loop between
+            the two masks the logits that the tile before made.
         token_bytes: K and V of a token.
     """
 
@@ -89,6 +90,8 @@ ROTATION_TOKEN_BYTES = 2 * 48 * 128 * 2 + 2 * 128 * 4
 # ones over groups of tokens.
 ITEM_TURNS = {True: 8, False: 16}
 SHORT_LOOP = 100
+# Tokens of an iteration of the loop that masks logits made before.
+MASK_TOKENS = 64
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:[\s>]*\{", re.MULTILINE)
 _BRANCH = re.compile(r"sbr\.rel\s*(?:\([^)]*\))?\s*target bundleno = (\d+)")
@@ -170,8 +173,14 @@ def tile_cycles(loops: list[Loop], walk: Walk) -> dict[str, Any]:
     found["tile_cycles"] += outer.own_cycles
     if walk.masked_turns is not None:
         masked = others[0]
-        found["masked_tile_cycles"] = outer.own_cycles + walk.masked_turns * masked.own_cycles
         within = [x for x in loops if outer.first < x.first < outer.last and not x.matmuls]
+        masking = [x for x in within if inner.last < x.first and x.last < masked.first]
+        within = [x for x in within if x not in masking]
+        found["masked_tile_cycles"] = (
+            outer.own_cycles
+            + walk.masked_turns * masked.own_cycles
+            + walk.tokens // MASK_TOKENS * sum(x.own_cycles for x in masking)
+        )
         found["item_cycles"] = sum(
             ITEM_TURNS[x.own_cycles >= SHORT_LOOP] * x.own_cycles for x in within
         )

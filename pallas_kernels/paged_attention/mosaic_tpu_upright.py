@@ -2,8 +2,8 @@
 
 A query's maximum and sum then lie in a lane: to find and to apply them takes no exchange between
 lanes, and one register serves the whole tile. The sum is a row of the product with V, whose rows
-are followed by ones. The logits of a piece are made while the one before it is folded in, across
-tiles too, and wait in memory and not in registers, of which there are too few.
+follow after ones. The logits of a piece are made while the one before it is folded in, across tiles
+too, and wait in memory and not in registers, of which there are too few.
 """
 
 import dataclasses
@@ -27,6 +27,11 @@ MAX_START = -1e20
 # Tiles that need a mask are few: less of them is unrolled, for the sake of compilation.
 GROUP = 4
 MASKED_GROUP = 2
+# Tokens of context of a product with V: the depth of the MXU of v6e and tpu7x. Of more of them V,
+# transposed, and the first half's sums would fill the registers.
+SLAB = 256
+# Tokens that an iteration masks.
+MASK_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +58,7 @@ class Upright:
         """The state of an item, and room for logits."""
         sums = tile_rows(self.dtype)
         return (
-            # Maxima, each row the same; the output, and below it the sum of weights in each row.
+            # Maxima, each row the same; the output, and above it the sum of weights in each row.
             pltpu.VMEM((self.num_pieces, SUBLANES, self.rows), jnp.float32),
             pltpu.VMEM((self.num_pieces, self.row_size + sums, self.rows), jnp.float32),
             # Logits of two pieces.
@@ -72,8 +77,8 @@ class Upright:
     def result(self, piece, state) -> jax.Array:
         """The attention of a piece's queries, f32[rows, row_size]."""
         _, acc_ref, _ = state
-        total = jnp.maximum(acc_ref[piece, self.row_size : self.row_size + 1], 1e-30)
-        return (acc_ref[piece, : self.row_size] / total).T
+        total = jnp.maximum(acc_ref[piece, :1], 1e-30)
+        return (acc_ref[piece, tile_rows(self.dtype) :] / total).T
 
     def begin(self, packs, kv_tiles, state) -> None:
         """Makes the first logits of the first step, in slots 0."""
@@ -114,19 +119,22 @@ class Upright:
                 for j in range(group):
                     piece = i * group + j
                     following = piece + 1
+                    is_end = following == self.num_pieces
                     q_slot, kv_slot = now
-                    last, first = offset, nearest
                     if j + 1 == group:
-                        is_end = following == self.num_pieces
                         following = jnp.where(is_end, 0, following)
                         q_slot = jnp.where(is_end, coming[0], q_slot)
                         kv_slot = jnp.where(is_end, coming[1], kv_slot)
-                        # The next step masks its own.
-                        last = jnp.where(is_end, self.tile_kv, last)
-                        if first is not None:
-                            first = jnp.where(is_end, -self.tile_q, first)
                     start_some_blocks(piece)
-                    visible = self._visible(j + 1, last, first) if masked else None
+                    visible = None
+                    if masked:
+                        # The next step masks its own. Were this the same in all iterations, masks
+                        # would be made before the first, and wait in memory.
+                        last = jnp.where(is_end, self.tile_kv, offset)
+                        first = (
+                            None if nearest is None else jnp.where(is_end, -self.tile_q, nearest)
+                        )
+                        visible = self._visible(j + 1, last, first, self.tile_kv)
                     self._make_logits(
                         self._rows(kv_tiles, kv_slot, 0, following),
                         self._queries(packs, q_slot, following),
@@ -151,8 +159,7 @@ class Upright:
 
         @pl.when(~all_visible)
         def _():
-            # The logits that the step before this one made.
-            logits_ref[0] = jnp.where(self._visible(0, offset, nearest), logits_ref[0], MASKED)
+            self._mask_made(logits_ref.at[0], offset, nearest)
             run(MASKED_GROUP, masked=True)
 
     @property
@@ -186,13 +193,29 @@ class Upright:
             x = self.soft_cap * jnp.tanh(x * (self.scale / self.soft_cap))
         logits_ref[...] = x if visible is None else jnp.where(visible, x, MASKED)
 
-    def _visible(self, piece, last, first) -> jax.Array:
-        """Whether a token is past `first` and not past `last`, if that is what query 0 may see."""
-        shape = (self.tile_kv, self.rows)
+    def _mask_made(self, logits_ref, last, first) -> None:
+        """Masks the first logits of a step, which the step before made."""
+        step = math.gcd(self.tile_kv, MASK_ROWS)
+
+        @pl.loop(0, self.tile_kv // step)
+        def _(i):
+            token = pl.multiple_of(i * step, step)
+            rows = pl.ds(token, step)
+            nearest = None if first is None else first - token
+            visible = self._visible(0, last - token, nearest, step)
+            logits_ref[rows] = jnp.where(visible, logits_ref[rows], MASKED)
+
+    def _visible(self, piece, last, first, count) -> jax.Array:
+        """Which of `count` tokens are past `first` and not past `last`, as query 0 sees them."""
+        shape = (SUBLANES, self.rows)
         row = piece % self.pieces_of_head * self.rows + lax.broadcasted_iota(jnp.int32, shape, 1)
-        ahead = lax.broadcasted_iota(jnp.int32, shape, 0) - (row & (self.tile_q - 1))
-        visible = ahead <= last
-        return visible if first is None else visible & (ahead > first)
+        behind = (row & (self.tile_q - 1)) - lax.broadcasted_iota(jnp.int32, shape, 0)
+        # A register of tokens after another, compared with its number.
+        tokens = range(0, count, SUBLANES)
+        visible = jnp.concatenate([behind + last >= token for token in tokens], axis=0)
+        if first is None:
+            return visible
+        return visible & jnp.concatenate([behind + first < token for token in tokens], axis=0)
 
     def _fold(self, values, max_ref, acc_ref, logits_ref) -> None:
         # The logits are read twice: a maximum taken as they come would hold them in registers.
@@ -200,17 +223,27 @@ class Upright:
         new_max = jnp.maximum(old_max, jnp.max(_folded(logits_ref[...]), axis=0, keepdims=True))
         max_ref[...] = new_max
         rescale = jnp.exp2((old_max - new_max) * self.factor)
-        # In this order nothing but loads can run ahead of the maximum.
-        weights = jnp.exp2((logits_ref[...] - _tall(new_max, self.tile_kv)) * self.factor)
-        ones = jnp.ones((tile_rows(self.dtype), self.tile_kv), self.dtype)
-        sums = lax.dot_general(
-            jnp.concatenate([values.T, ones], axis=0),
-            weights.astype(self.dtype),
-            (((1,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
-            precision=self._precision,
-        )
-        acc_ref[...] = acc_ref[...] * _tall(rescale, sums.shape[0]) + sums
+        slab = min(self.tile_kv, SLAB)
+        ones = jnp.ones((tile_rows(self.dtype), slab), self.dtype)
+        for start in range(0, self.tile_kv, slab):
+            rows = slice(start, start + slab)
+            # In this order nothing but loads can run ahead of the maximum.
+            weights = jnp.exp2((logits_ref[rows] - _tall(new_max, slab)) * self.factor)
+            sums = lax.dot_general(
+                jnp.concatenate([ones, values[rows].T], axis=0),
+                weights.astype(self.dtype),
+                (((1,), (0,)), ((), ())),
+                preferred_element_type=jnp.float32,
+                precision=self._precision,
+            )
+            if start == 0:
+                # Never above 1. So written it waits for the product, of which the sum of weights
+                # comes first: else the rescaled output would wait, in registers.
+                rescale = jnp.minimum(rescale, 1 + sums[:SUBLANES])
+                sums += acc_ref[...] * _tall(rescale, sums.shape[0])
+            else:
+                sums += acc_ref[...]
+            acc_ref[...] = sums
 
 
 def _tall(x: jax.Array, count: int) -> jax.Array:

@@ -68,14 +68,15 @@ def test_tile_has_all_bundles_of_its_loops():
         _loop(110, 119, 9),
         _loop(120, 330, 200),
         _loop(400, 500, 100, matmuls=40),
+        _loop(510, 550, 30),
         _loop(600, 660, 60, matmuls=20),
         _loop(850, 860, 10),
     ]
-    assert tile_cycles(loops, Walk(tokens=8))["tile_cycles"] == 100
-    walk = Walk(tokens=8, turns=2, has_outer=True, masked_turns=4)
+    assert tile_cycles(loops, Walk(tokens=128))["tile_cycles"] == 100
+    walk = Walk(tokens=128, turns=2, has_outer=True, masked_turns=4)
     assert tile_cycles(loops, walk) == {
         "tile_cycles": 70 + 2 * 100,
-        "masked_tile_cycles": 70 + 4 * 60,
+        "masked_tile_cycles": 70 + 4 * 60 + 2 * 30,
         "item_cycles": 8 * 200 + 16 * 9,
         "slot_use": {"MATMUL": 0.5},
     }

@@ -21,7 +21,7 @@ TILE_TOKENS = 32
 CHUNK_ROWS = 256
 
 
-def _run(case, dtype, *, chunk_rows=CHUNK_ROWS, **options):
+def _run(case, dtype, *, chunk_rows=CHUNK_ROWS, tile_tokens=TILE_TOKENS, **options):
     # The layouts that a pool has on a TPU.
     arrays = make(case, dtype, layout="merged" if case.head_dim == 64 else "split")
     options |= {
@@ -36,7 +36,7 @@ def _run(case, dtype, *, chunk_rows=CHUNK_ROWS, **options):
         **arrays,
         **options,
         sizes=mosaic_tpu.TileSizes(
-            kv_bytes=max(TILE_TOKENS, case.block_size) * token_bytes, chunk_rows=chunk_rows
+            kv_bytes=max(tile_tokens, case.block_size) * token_bytes, chunk_rows=chunk_rows
         ),
         interpret=tpu_interpreter(),
     )
@@ -94,6 +94,20 @@ def test_tiles_that_need_no_mask_and_others_in_a_window(num_kv_heads):
         soft_cap=4.0,
     )
     _run(case, jnp.float32, chunk_rows=512)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 600])
+def test_tiles_as_long_as_those_of_models(sliding_window):
+    # Two products with V a tile, and masks made in several iterations.
+    case = Case(
+        name="long",
+        query_lens=(20,),
+        seq_lens=(1200,),
+        head_dim=128,
+        block_size=64,
+        sliding_window=sliding_window,
+    )
+    _run(case, jnp.bfloat16, tile_tokens=512)
 
 
 def test_nothing_to_do():
