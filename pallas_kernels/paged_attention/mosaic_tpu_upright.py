@@ -58,8 +58,9 @@ class Upright:
         """The state of an item, and room for logits."""
         sums = tile_rows(self.dtype)
         return (
-            # Maxima, each row the same; the output, and above it the sum of weights in each row.
-            pltpu.VMEM((self.num_pieces, SUBLANES, self.rows), jnp.float32),
+            # Maxima, each row the same, and room for what `_fold` waits for; the output, and above
+            # it the sum of weights in each row.
+            pltpu.VMEM((self.num_pieces + 1, SUBLANES, self.rows), jnp.float32),
             pltpu.VMEM((self.num_pieces, self.row_size + sums, self.rows), jnp.float32),
             # Logits of two pieces.
             pltpu.VMEM((2, self.tile_kv, self.rows), jnp.float32),
@@ -113,6 +114,9 @@ class Upright:
         offset = position - first_slot
         nearest = None if self.sliding_window is None else offset - self.sliding_window
 
+        # 0, which the compiler cannot know.
+        zero = lax.shift_right_logical(now[1], 4)
+
         def run(group, masked):
             @pl.loop(0, self.num_pieces // group)
             def _(i):
@@ -143,9 +147,11 @@ class Upright:
                     )
                     self._fold(
                         self._rows(kv_tiles, now[1], kv_tiles.shape[2] - 1, piece),
-                        max_ref.at[piece],
-                        acc_ref.at[piece],
+                        max_ref,
+                        acc_ref,
                         logits_ref.at[j & 1],
+                        piece,
+                        0 if masked else zero,
                     )
 
         all_visible = first_slot + self.tile_kv - 1 <= position
@@ -217,12 +223,15 @@ class Upright:
             return visible
         return visible & jnp.concatenate([behind + first < token for token in tokens], axis=0)
 
-    def _fold(self, values, max_ref, acc_ref, logits_ref) -> None:
+    def _fold(self, values, max_ref, acc_ref, logits_ref, piece, zero) -> None:
+        """Folds a piece in.
+
+        The compiler forwards what is stored to a load of it, and loads early. What it may not know
+        to be elsewhere, for a `zero` in its index, it leaves in memory until then.
+        """
         # The logits are read twice: a maximum taken as they come would hold them in registers.
-        old_max = max_ref[...]
-        new_max = jnp.maximum(old_max, jnp.max(_folded(logits_ref[...]), axis=0, keepdims=True))
-        max_ref[...] = new_max
-        rescale = jnp.exp2((old_max - new_max) * self.factor)
+        top = jnp.max(_folded(logits_ref[...]), axis=0, keepdims=True)
+        new_max = jnp.maximum(max_ref[piece], top)
         slab = min(self.tile_kv, SLAB)
         ones = jnp.ones((tile_rows(self.dtype), slab), self.dtype)
         for start in range(0, self.tile_kv, slab):
@@ -237,13 +246,16 @@ class Upright:
                 precision=self._precision,
             )
             if start == 0:
+                # The old maximum is read again only after the last weights.
+                max_ref[self.num_pieces + zero] = weights[-SUBLANES:]
+                rescale = jnp.exp2((max_ref[piece] - new_max) * self.factor)
+                max_ref[piece] = new_max
                 # Never above 1. So written it waits for the product, of which the sum of weights
                 # comes first: else the rescaled output would wait, in registers.
                 rescale = jnp.minimum(rescale, 1 + sums[:SUBLANES])
-                sums += acc_ref[...] * _tall(rescale, sums.shape[0])
+                acc_ref[piece] = acc_ref[piece] * _tall(rescale, sums.shape[0]) + sums
             else:
-                sums += acc_ref[...]
-            acc_ref[...] = sums
+                acc_ref[piece + zero] += sums
 
 
 def _tall(x: jax.Array, count: int) -> jax.Array:
@@ -252,7 +264,7 @@ def _tall(x: jax.Array, count: int) -> jax.Array:
 
 
 def _folded(x: jax.Array) -> jax.Array:
-    """The maximum over registers, [SUBLANES, columns], in four chains."""
+    """The maximum over registers, [SUBLANES, columns], in two chains."""
     pieces = [x[i : i + SUBLANES] for i in range(0, x.shape[0], SUBLANES)]
-    chains = [functools.reduce(jnp.maximum, pieces[i::4]) for i in range(min(4, len(pieces)))]
+    chains = [functools.reduce(jnp.maximum, pieces[i::2]) for i in range(min(2, len(pieces)))]
     return functools.reduce(jnp.maximum, chains)
