@@ -4,7 +4,7 @@
 
 Reads benchmarks/results/step_h200.json, step_many_rows_h200.json (decode steps, wall time) and
 throughput_azure_conv_h200.json (blocks of the pool). The fixed cost of a layer was taken from the
-first row, of one sequence; the other rows were not used.
+first two rows; the others were not used.
 """
 
 import argparse

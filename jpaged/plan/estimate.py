@@ -15,11 +15,12 @@ from jpaged.plan.targets import Device
 
 Bound = Literal["memory", "compute", "links", "fixed"]
 
-GPU_LAYER_S = 30e-6
+GPU_LAYER_S = 29e-6
 """What a layer costs a GPU beyond these parts: launches, and kernels that end unevenly.
 
-A decode step of one sequence of 1,024 tokens on an H200 took 4.29 ms, its parts at their ceilings
-3.3; 32 layers (benchmarks/results/step_h200.json).
+Decode steps of one and of eight sequences of 1,024 tokens on an H200 took 4.27 and 4.46 ms, their
+parts at their ceilings 3.31 and 3.51: 30 and 29 us for each of 32 layers (step_h200.json of
+benchmarks/results).
 """
 STATE_BYTES_OF_TOKEN = 4 + 4 + 1 + 1 / 8
 """Of the sampler's state, a row and a token of the vocabulary: counts, biases, two masks."""
