@@ -1,5 +1,6 @@
 """Compiling for targets, from the side that asks for it: in processes for many programs each."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -8,8 +9,6 @@ import queue
 import subprocess
 import sys
 import tempfile
-from types import TracebackType
-from typing import Self
 
 from jpaged.plan.compile_target import Compiled, Job, environment
 
@@ -17,7 +16,7 @@ from jpaged.plan.compile_target import Compiled, Job, environment
 class Compiler:
     """A process that compiles one step after another, started with the first; not thread-safe.
 
-    Python, JAX and the TPU compiler start once for all of them. Close it, or use it with `with`.
+    Python, JAX and the TPU compiler start once for all of them. To be closed.
     """
 
     def __init__(self) -> None:
@@ -48,17 +47,6 @@ class Compiler:
         self._end()
         self._stderr.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _start(self, job: Job) -> subprocess.Popen[str]:
         self._stderr.seek(0)
         self._stderr.truncate()
@@ -80,7 +68,7 @@ class Compiler:
 
 
 class Compilers:
-    """As many compilers as are asked at once; from any thread. Use it with `with`."""
+    """As many compilers as are asked at once; from any thread. To be closed."""
 
     def __init__(self) -> None:
         self._all: list[Compiler] = []
@@ -98,15 +86,8 @@ class Compilers:
         finally:
             self._idle.put(compiler)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Ends their processes."""
         for compiler in self._all:
             compiler.close()
 
@@ -117,7 +98,7 @@ def compile_job(job: Job) -> Compiled:
     Raises:
         RuntimeError: See `Compiler.compile`.
     """
-    with Compiler() as compiler:
+    with contextlib.closing(Compiler()) as compiler:
         return compiler.compile(job)
 
 

@@ -5,6 +5,7 @@ the decode step of the batch that fits, with that pool. For GPUs nothing is comp
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import threading
@@ -154,7 +155,7 @@ def make_plan(
     # Compiling for faster chips takes longer, so they come first: what is last should be short.
     by_cost = sorted(machines, key=lambda machine: -machine.device.matmul_flop_s)
     with (
-        Compilers() as compilers,
+        contextlib.closing(Compilers()) as compilers,
         concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool,
     ):
         planner = _Planner(config, engine_options, context_len, compilers.compile, report_progress)

@@ -1,6 +1,7 @@
 """Processes that compile, played by a script that answers a job with its own id."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import sys
@@ -57,7 +58,7 @@ def is_alive(process_id):
 
 
 def test_one_process_compiles_all_and_ends_with_its_compiler():
-    with Compiler() as one:
+    with contextlib.closing(Compiler()) as one:
         process_id = one.compile(JOB).cycles
         assert one.compile(dataclasses.replace(JOB, topology_name="v5e:2x4")).cycles == process_id
         assert is_alive(process_id)
@@ -65,7 +66,7 @@ def test_one_process_compiles_all_and_ends_with_its_compiler():
 
 
 def test_a_process_that_ends_says_why_and_the_next_job_has_another():
-    with Compiler() as one:
+    with contextlib.closing(Compiler()) as one:
         first = one.compile(JOB).cycles
         message = "compiling for v6e:2x2 failed: no program for 13 tokens"
         for _ in range(2):
@@ -83,7 +84,7 @@ def test_a_compiler_that_says_nothing_is_said(monkeypatch):
 
 def test_as_many_processes_run_as_are_asked_at_once():
     slow = dataclasses.replace(JOB, num_seqs=5)
-    with Compilers() as compilers:
+    with contextlib.closing(Compilers()) as compilers:
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             both = {done.cycles for done in pool.map(compilers.compile, (slow, slow))}
         assert len(both) == 2

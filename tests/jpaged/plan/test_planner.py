@@ -1,7 +1,5 @@
 """Blocks, speed and refusals, with a compiler that says what a test wants."""
 
-import contextlib
-
 import jax.numpy as jnp
 import pytest
 
@@ -21,14 +19,14 @@ WEIGHT_BYTES = 16_060_522_496
 TEMP_BYTES = 850_000_000
 
 
-class FakeCompilers(contextlib.nullcontext):
+class FakeCompilers:
     """Keeps the jobs; the device's share of memory is even."""
 
     jobs: list
     error = ""
 
-    def __enter__(self):
-        return self
+    def close(self):
+        pass
 
     def compile(self, job):
         self.jobs.append(job)
